@@ -1,0 +1,19 @@
+"""Plain and residual networks whose blocks are written once and run eagerly, compiled or on Triton
+kernels."""
+
+from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
+from models.units import BACKENDS, Backend, BackendUnavailable, resolve_backend, set_backend
+
+__all__ = [
+    "BACKENDS",
+    "INITS",
+    "MODELS",
+    "STEMS",
+    "Backend",
+    "BackendUnavailable",
+    "ResNet",
+    "build_model",
+    "parameter_counts",
+    "resolve_backend",
+    "set_backend",
+]

@@ -1,0 +1,50 @@
+"""The blocks of the networks: topology only, what runs them is decided in `units`.
+
+Attribute names are torchvision's (conv1 bn1 conv2 bn2 downsample), so state_dicts are
+interchangeable.
+"""
+
+from torch import Tensor, nn
+
+from models.units import BatchNormAct
+
+
+def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
+    """3x3 convolution with padding 1 and no bias: a BatchNorm follows."""
+    return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+
+
+class PlainBlock(nn.Module):
+    """relu(bn2(conv2(relu(bn1(conv1(x)))))): [N, c_in, H, W] -> [N, c_out, H/stride, W/stride]."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, act: str):
+        super().__init__()
+        self.conv1 = conv3x3(c_in, c_out, stride)
+        self.bn1 = BatchNormAct(c_out, act)
+        self.conv2 = conv3x3(c_out, c_out)
+        self.bn2 = BatchNormAct(c_out, act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+class BasicBlock(PlainBlock):
+    """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x)) (He et al. 2015, option B).
+
+    The shortcut is the identity, or a 1x1 convolution and BatchNorm where the shape changes.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, act: str):
+        super().__init__(c_in, c_out, stride, act)
+        self.downsample = None
+        if stride != 1 or c_in != c_out:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), BatchNormAct(c_out, "identity")
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(self.bn1(self.conv1(x)))
+        if self.downsample is None:
+            return self.bn2(y, x)
+        conv, norm = self.downsample
+        return self.bn2(y, conv(x), norm)

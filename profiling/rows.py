@@ -1,0 +1,140 @@
+"""The one schema of every speed measurement: a CSV file that only grows, with a unique key.
+
+A row is one provider measured on one job. A measurement repeated under the same key (same machine,
+versions, source and day's code) replaces the older row, so a suite that is resumed leaves no twins.
+"""
+
+import csv
+import hashlib
+import os
+import subprocess
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEY = (
+    "provider",
+    "model",
+    "mode",
+    "batch",
+    "image_size",
+    "shape",
+    "dtype",
+    "device",
+    "torch",
+    "triton",
+    "cudnn",
+    "driver",
+    "commit",
+)
+COLUMNS = (
+    *KEY,
+    "date",
+    "us_per_image",
+    "low",
+    "high",
+    "images_per_second",
+    "speedup",
+    "speedup_low",
+    "speedup_high",
+    "peak_memory_gb",
+    "first_step_s",
+    "gb_per_s",
+    "tflop_per_s",
+    "floor_share",
+    "method",
+    "numerics",
+)
+ROOT = Path(__file__).resolve().parent.parent
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a results file, every value a string; no file is no rows."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: Row) -> None:
+    """Add `row` to `path`, in place of one with the same key; a reader never sees half a file.
+
+    Raises ValueError for a column that the schema does not know.
+    """
+    unknown = set(row) - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"{path}: columns {sorted(unknown)} are not in the schema")
+    new = {column: _text(row.get(column, "")) for column in COLUMNS}
+    rows = [old for old in read(path) if any(old[name] != new[name] for name in KEY)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*rows, new])
+    os.replace(partial, path)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def environment(device: torch.device) -> Row:
+    """The columns that say where and with what a row was measured."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cudnn": torch.backends.cudnn.version() if cuda else "none",
+        "driver": _driver() if cuda else "none",
+        "commit": commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+@cache
+def commit() -> str:
+    """The checkout's commit, with a hash of the measured sources when they differ from it or when
+    there is no git."""
+    head = _output("git", "rev-parse", "--short", "HEAD")
+    measured = ("kernels", "models")
+    if head and not _output("git", "status", "--porcelain", *measured):
+        return head
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in measured for path in (ROOT / folder).glob("**/*.py")):
+        digest.update(path.read_bytes())
+    return f"{head or 'source'}+{digest.hexdigest()[:8]}"
+
+
+@cache
+def _driver() -> str:
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'} x{os.cpu_count()}"
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

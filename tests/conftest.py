@@ -1,0 +1,47 @@
+"""Decided before anything imports triton (torchvision does): interpret where there is no GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def _has_cuda() -> bool:
+    # in a process of its own: asking torch here would import triton before TRITON_INTERPRET is set
+    ask = "import torch, sys; sys.exit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", ask], check=False).returncode == 0
+
+
+HAS_CUDA = _has_cuda()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAS_CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def poisoned():
+    """Every torch.empty comes filled with NaN (integers: their maximum), so an element nobody
+    wrote is seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator(request):
+    """A fresh random generator; its seed is printed, so that a failure can be drawn again with
+    LAPIS_SEED."""
+    import torch
+
+    seed = int(os.environ.get("LAPIS_SEED") or torch.seed() % 2**31)
+    print(f"LAPIS_SEED={seed}")
+    return torch.Generator().manual_seed(seed)

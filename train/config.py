@@ -1,0 +1,220 @@
+"""The configuration: the single source of flags, help text and config.json.
+
+The groups are nested dataclasses; on the command line their fields are flat flags. A recipe is a
+whole configuration whose values explicit flags override.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from models import MODELS
+from train.errors import UsageError
+
+ModelName = Literal["plain18", "plain34", "resnet18", "resnet34", "micro_plain", "micro_resnet"]
+assert set(ModelName.__args__) == set(MODELS)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: ModelName = "resnet34"
+    """Network: plain ones have no shortcuts; micro ones are for trying things out."""
+    act: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] = "relu"
+    """Activation of every block."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """First layers: 7x7/2 and max-pool, or 3x3/1 for pictures under about 64 pixels."""
+    dropout: float = 0.0
+    """Dropout before the fully connected layer."""
+    init: Literal["kaiming", "xavier", "zeros", "constant"] = "kaiming"
+    """Initial weights; zeros and constant show why symmetric weights do not learn."""
+    zero_init_residual: bool = False
+    """Start residual blocks as identities: the last BatchNorm of each begins at 0."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on."""
+
+    data: str = "synthetic"
+    """A folder with train.csv + train/, a folder per class, food101:PATH, or synthetic."""
+    classes: tuple[str, ...] = ()
+    """Use only these classes, in this order (default: all, sorted)."""
+    limit: int | None = None
+    """Use only this many images, stratified by class, for a quick trial."""
+    split: Literal["grouped", "random"] = "grouped"
+    """grouped keeps identical photos on one side; random reproduces published numbers, and
+    leaks."""
+    val_fraction: float = 0.2
+    """Share of the images kept for validation; 0 trains on all of them."""
+    image_size: int = 128
+    """Height and width of the training images in pixels."""
+    augment: Literal["none", "light", "strong"] = "strong"
+    """light: mild crops and flips; strong: also rotation, colour and smaller crops."""
+    mixup: float = 0.2
+    """Mixup: alpha of the Beta distribution from which pairs of images are blended; 0 is off."""
+    workers: int = 1
+    """Threads that prepare batches ahead."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How it is trained."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Training images a step."""
+    val_batch_size: int = 64
+    """Validation images a step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer."""
+    lr: float = 0.05
+    """Learning rate; the peak of a schedule that moves."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov momentum for SGD."""
+    weight_decay: float = 5e-4
+    """Weight decay, on convolution and linear weights only."""
+    schedule: Literal["constant", "step", "cosine", "onecycle", "cyclic"] = "onecycle"
+    """Learning rate over time; step divides by 10 at 60 % and 85 %, cyclic makes 4 triangles."""
+    label_smoothing: float = 0.1
+    """Share of each target spread over all classes."""
+    ema: float = 0.995
+    """Decay of the moving average of the weights that is evaluated and kept; 0 is off."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How and where it runs."""
+
+    recipe: Literal["default", "report"] = "default"
+    """Set of defaults; report is Table 1 of the course report."""
+    fused: bool = False
+    """Fused kernels where they can run: the same as --backend auto."""
+    backend: Literal["eager", "auto", "compile", "triton"] | None = None
+    """eager (default), auto, compile or triton; triton and compile stop when they cannot run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU when there is one."""
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
+    """Mixed precision; auto is bf16 where the machine has it in hardware."""
+    channels_last: bool = True
+    """NHWC memory layout."""
+    threads: int | None = None
+    """CPU threads (default: one a core)."""
+    seed: int = 0
+    """Seed of weights, split, order and augmentation."""
+    deterministic: bool = False
+    """Bit-equal runs on the same device, slower."""
+    out: Path | None = None
+    """Run folder (default: runs/<date>-<model>-NNN)."""
+    resume: Path | None = None
+    """Continue the run in this folder exactly where it stopped."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+DEFAULT = Config()
+
+# Table 1 of the course report: plain SGD, no augmentation, 224 px; whatever it does not name is
+# off.
+REPORT = Config(
+    data=DataConfig(image_size=224, augment="none", mixup=0.0),
+    optim=OptimConfig(
+        epochs=8,
+        batch_size=32,
+        val_batch_size=64,
+        optimizer="sgd",
+        lr=1e-3,
+        momentum=0.0,
+        nesterov=False,
+        weight_decay=0.0,
+        schedule="constant",
+        label_smoothing=0.0,
+        ema=0.0,
+    ),
+    run=RunConfig(recipe="report"),
+)
+
+RECIPES: dict[str, Config] = {"default": DEFAULT, "report": REPORT}
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested dict of JSON values, as config.json holds it."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration `to_dict` wrote. Raises KeyError or TypeError for fields that do not
+    exist."""
+    groups = {}
+    for group in dataclasses.fields(Config):
+        cls = group.default_factory
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        given = dict(values[group.name])
+        for name in ("out", "resume"):
+            if name in known and given.get(name) is not None:
+                given[name] = Path(given[name])
+        if "classes" in given:
+            given["classes"] = tuple(given["classes"])
+        groups[group.name] = cls(**given)
+    return Config(**groups)
+
+
+def requested_backend(config: Config) -> str:
+    """The backend asked for: --fused is auto, nothing is eager."""
+    return "auto" if config.run.fused else config.run.backend or "eager"
+
+
+def check(config: Config) -> None:
+    """Raise UsageError, naming the flag and the cure, for values that cannot work."""
+    if config.run.fused and config.run.backend is not None:
+        raise UsageError("--fused means --backend auto: give one of the two")
+    optim = config.optim
+    for flag, value, least in (
+        ("--epochs", optim.epochs, 1),
+        ("--batch-size", optim.batch_size, 1),
+        ("--val-batch-size", optim.val_batch_size, 1),
+        ("--image-size", config.data.image_size, 8),
+    ):
+        if value < least:
+            raise UsageError(f"{flag} must be at least {least}, not {value}")
+    for flag, value, most in (
+        ("--lr", optim.lr, None),
+        ("--weight-decay", optim.weight_decay, None),
+        ("--momentum", optim.momentum, 1),
+        ("--label-smoothing", optim.label_smoothing, 1),
+        ("--ema", optim.ema, 1),
+        ("--dropout", config.model.dropout, 1),
+        ("--mixup", config.data.mixup, None),
+    ):
+        if not 0 <= value < (most or float("inf")):
+            limit = f"in [0, {most})" if most else "0 or more"
+            raise UsageError(f"{flag} must be {limit}, not {value}")
+    if optim.optimizer == "sgd" and optim.nesterov and not optim.momentum:
+        raise UsageError("--nesterov needs --momentum above 0: add --momentum 0.9 or --no-nesterov")
+    if config.model.zero_init_residual and "plain" in config.model.model:
+        raise UsageError(
+            f"--zero-init-residual needs residual blocks, {config.model.model} has none: leave it out"
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

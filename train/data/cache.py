@@ -1,0 +1,229 @@
+"""Photos decoded once into one memory-mapped file of squares, and never again.
+
+The file is the squares, uint8 [M, size, size, 3], then a JSON footer (which contents could not be
+read, and why), its length (8 bytes) and the SHA-256 of everything before. It is written under
+another name and moved into place, so a killed build leaves nothing that could be taken for a cache.
+Squares are appended, not written through a memory map: a full disk is then an error, not a SIGBUS.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from train.data.photos import Excluded, Photos, UnreadablePhoto
+from train.errors import DataError, DiskError
+
+TRANSFORM = "centre square, bicubic antialiased, 1"  # raise the number when a change alters pixels
+MAX_BAD = 0.05
+_TAIL = 8 + 32
+_STALE_SECONDS = 3600
+
+
+def load_images(
+    photos: Photos,
+    size: int,
+    *,
+    cache_dir: Path | None = None,
+    progress: bool = True,
+    max_bad: float = MAX_BAD,
+) -> tuple[np.ndarray, Photos]:
+    """All photos as squares: uint8 [N, size, size, 3], read-only, and the Photos they show.
+
+    The shorter side is resized to `size` (antialiased), the longer one cropped around its centre.
+    The first call decodes in parallel into a cache in `cache_dir` (default: the user's cache
+    folder), later ones map it; a damaged cache is built again. Photos that cannot be read are moved
+    to `excluded`. Raises DataError if more than `max_bad` of the photos are bad or a class keeps
+    fewer than two, DiskError if the cache cannot be written; warns below ten photos in a class.
+    """
+    folder = cache_dir or default_cache_dir()
+    key = hashlib.sha256("\n".join([TRANSFORM, str(size), *photos.digests]).encode()).hexdigest()
+    path = folder / f"{key[:32]}.images"
+    failed = _check(path, size)
+    if failed is None:
+        try:
+            _build(path, photos, size, progress)
+        except OSError as error:
+            needed = len(photos) * size * size * 3 / 1e6
+            raise DiskError(
+                f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
+                f"{needed:.0f} MB; free some or set LAPIS_CACHE to another folder."
+            ) from error
+        failed = _check(path, size)
+        if failed is None:
+            raise DiskError(
+                f"the image cache {path} does not read back as written: check the disk."
+            )
+    readable = _readable(photos, failed, max_bad)
+    if not len(readable):
+        raise DataError(f"none of the photos of {photos.name} can be read.")
+    return np.memmap(path, np.uint8, "r", shape=(len(readable), size, size, 3)), readable
+
+
+def default_cache_dir() -> Path:
+    """$LAPIS_CACHE, else the folder for caches of this system."""
+    if given := os.environ.get("LAPIS_CACHE"):
+        return Path(given)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "lapis/cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/lapis"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "lapis"
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of an RGB picture, antialiased to uint8 [size, size, 3]."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _check(path: Path, size: int) -> dict[str, str] | None:
+    """The unreadable contents a sound cache records, by digest; None if it must be built."""
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            file.seek(total - _TAIL)
+            footer_bytes = int.from_bytes(file.read(8), "little")
+            expected = file.read(32)
+            pixels = total - _TAIL - footer_bytes
+            file.seek(0)
+            checksum = hashlib.sha256()
+            remaining = total - 32
+            with tqdm(
+                total=total, desc="checking the cache", unit="B", unit_scale=True, delay=1
+            ) as bar:
+                while remaining and (chunk := file.read(min(remaining, 2**24))):
+                    checksum.update(chunk)
+                    remaining -= len(chunk)
+                    bar.update(len(chunk))
+            if checksum.digest() != expected or pixels < 0 or pixels % (size * size * 3):
+                return None
+            file.seek(pixels)
+            return json.loads(file.read(footer_bytes))
+    except (OSError, ValueError):
+        return None
+
+
+def _build(path: Path, photos: Photos, size: int, progress: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path.parent)
+    temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            failed = _write_squares(file, photos, size, progress)
+            footer = json.dumps(failed).encode()
+            file.write(footer + len(footer).to_bytes(8, "little"))
+            file.seek(0)
+            checksum = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(checksum)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Leftovers of killed builds; a running one has written within the hour."""
+    for temporary in folder.glob("*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # another build may clean up at the same time
+            if time.time() - temporary.stat().st_mtime > _STALE_SECONDS:
+                temporary.unlink()
+
+
+def _write_squares(file: BinaryIO, photos: Photos, size: int, progress: bool) -> dict[str, str]:
+    """Appends the square of every readable photo, in order; decodes equal contents once."""
+    first: dict[str, str] = {}
+    for name, digest in zip(photos.files, photos.digests, strict=True):
+        first.setdefault(digest, name)
+    decoded = _decode_in_order(photos, list(first.values()), size)
+    written: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    description = f"decoding to {size} px"
+    for digest in tqdm(photos.digests, description, unit=" images", disable=not progress):
+        if digest in failed:
+            continue
+        if digest in written:
+            file.seek(written[digest])
+            pixels = file.read(size * size * 3)
+            file.seek(0, os.SEEK_END)
+        else:
+            result = next(decoded)
+            if isinstance(result, str):
+                failed[digest] = result
+                continue
+            written[digest] = file.tell()
+            pixels = result.tobytes()
+        file.write(pixels)
+    return failed
+
+
+def _decode_in_order(photos: Photos, names: list[str], size: int) -> Iterator[np.ndarray | str]:
+    """The square of each file, or the reason it has none; a bounded number is kept ahead."""
+
+    def decode(name: str) -> np.ndarray | str:
+        try:
+            return square(photos.load(name, size), size)
+        except UnreadablePhoto as error:
+            return str(error)
+
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        queue = iter(names)
+        ahead = deque(pool.submit(decode, name) for name in islice(queue, 4 * threads))
+        try:
+            while ahead:
+                result = ahead.popleft().result()
+                ahead.extend(pool.submit(decode, name) for name in islice(queue, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _readable(photos: Photos, failed: dict[str, str], max_bad: float) -> Photos:
+    """The photos that can be read; raises or warns when too few are left."""
+    readable = [i for i, digest in enumerate(photos.digests) if digest not in failed]
+    unreadable = tuple(
+        Excluded(file, failed[digest])
+        for file, digest in zip(photos.files, photos.digests, strict=True)
+        if digest in failed
+    )
+    result = replace(photos.subset(readable), excluded=(*photos.excluded, *unreadable))
+    bad = [item for item in result.excluded if item.bad]
+    share = len(bad) / (len(bad) + len(readable))
+    if share > max_bad:
+        listed = "; ".join(f"{item.file}: {item.reason}" for item in bad[:5])
+        raise DataError(
+            f"{len(bad)} of {len(bad) + len(readable)} photos of {photos.name} cannot be used, more "
+            f"than {max_bad:.0%} ({listed}{'; ...' if len(bad) > 5 else ''}): repair or "
+            "remove them, or raise --max-bad."
+        )
+    counts = np.bincount(result.labels, minlength=len(photos.classes))
+    for label, count in zip(photos.classes, counts, strict=True):
+        if count < 2:
+            raise DataError(
+                f"class {label} of {photos.name} has {count} readable photo{'s' * (count != 1)}, "
+                "and at least two are needed: add some or leave the class out with --classes."
+            )
+        if count < 10:
+            warnings.warn(f"class {label} has only {count} photos.", stacklevel=3)
+    return result

@@ -1,0 +1,160 @@
+"""Batches for the training step, prepared ahead by a few threads.
+
+What a batch holds depends on (seed, epoch, batch number) alone: the number of threads and where an
+epoch was taken up again change nothing.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+from train.data.augment import AUGMENTS, MEAN, STD, augment_batch, order
+from train.errors import UsageError
+
+
+class Batch(NamedTuple):
+    """images: [B, 3, S, S], normalised; labels: int64 [B]; indices: int64 [B], their rows."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+
+class Loader:
+    """Iterates over `images[indices]` in batches, one epoch at a time.
+
+    images: uint8 [N, store, store, 3]; labels: int [N]; indices: the rows to use.
+    shuffle: a new order each epoch; a last batch of a single image then joins the one before it,
+    because batch normalisation cannot train on one. drop_last: leave out a last partial batch.
+    workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
+    device: where the tensors end up; on CUDA through pinned memory, without waiting.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        indices: np.ndarray,
+        *,
+        batch_size: int,
+        image_size: int,
+        augment: str = "none",
+        seed: int = 0,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+        workers: int = 2,
+        device: torch.device | str | None = None,
+    ):
+        if augment not in AUGMENTS:
+            raise UsageError(f"--augment {augment} is unknown: choose {', '.join(AUGMENTS)}.")
+        if images.shape[1] < image_size:
+            raise ValueError(f"images of {images.shape[1]} px are smaller than {image_size} px")
+        self.images = images
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.image_size = image_size
+        self.augment = augment
+        self.seed = seed
+        self.shuffle = shuffle
+        self.channels_last = channels_last
+        self.workers = workers
+        self.device = torch.device(device or "cpu")
+        self._table = _normalisation_table(dtype)
+        self._dtype = dtype
+        self._bounds = _batch_bounds(len(self.indices), batch_size, drop_last, shuffle)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._bounds)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from number `start` on.
+
+        Closing the iterator stops the threads; what a thread raises is raised here.
+        """
+        rows = self.indices
+        if self.shuffle:
+            rows = rows[order(len(rows), self.seed, epoch)]
+        chunks = [rows[first:last] for first, last in self._bounds[start:]]
+        if not self.workers:
+            yield from (self._to_device(self._prepare(chunk, epoch)) for chunk in chunks)
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lapis-loader")
+        try:
+            ahead: deque = deque()
+            for chunk in chunks:
+                ahead.append(pool.submit(self._prepare, chunk, epoch))
+                if len(ahead) > self.workers + 1:
+                    yield self._to_device(ahead.popleft().result())
+            while ahead:
+                yield self._to_device(ahead.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, rows: np.ndarray, epoch: int) -> Batch:
+        # the photo's own row, not its place in the batch, decides its random numbers
+        pixels = augment_batch(
+            [self.images[row] for row in rows],
+            rows,
+            epoch,
+            self.seed,
+            self.augment,
+            self.image_size,
+        )
+        images = _normalise(pixels, self._table, self._dtype).permute(0, 3, 1, 2)
+        if not self.channels_last:
+            images = images.contiguous()
+        indices = torch.from_numpy(rows)
+        batch = Batch(images, self.labels[indices], indices)
+        if self.device.type == "cuda":
+            batch = Batch(*(tensor.pin_memory() for tensor in batch))
+        return batch
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.device.type == "cpu":
+            return batch
+        return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
+
+
+def _batch_bounds(
+    count: int, batch_size: int, drop_last: bool, join_single: bool
+) -> list[tuple[int, int]]:
+    """(first, last) positions of each batch."""
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not positive.")
+    if drop_last and count < batch_size:
+        raise UsageError(f"--batch-size {batch_size} is more than the {count} photos: lower it.")
+    firsts = list(range(0, count, batch_size))
+    if len(firsts) > 1 and (
+        (drop_last and count % batch_size) or (join_single and count % batch_size == 1)
+    ):
+        firsts.pop()
+    lasts = [*firsts[1:], len(firsts) * batch_size if drop_last else count]
+    return list(zip(firsts, lasts, strict=True))
+
+
+def _normalisation_table(dtype: torch.dtype) -> np.ndarray:
+    """What each of the 256 values becomes in each channel: [1, 256, 3], rounded once to `dtype`.
+
+    OpenCV looks it up in one pass. It knows no bfloat16, so 16-bit types travel as their bits.
+    """
+    values = torch.arange(256, dtype=torch.float64)[:, None] / 255
+    table = ((values - torch.tensor(MEAN, dtype=torch.float64)) / torch.tensor(STD)).to(dtype)
+    if dtype == torch.float32:
+        return table[None].numpy()
+    return table[None].view(torch.int16).numpy()
+
+
+def _normalise(pixels: np.ndarray, table: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> `dtype`, the same shape."""
+    out = np.empty(pixels.shape, table.dtype)
+    flat = (-1, pixels.shape[2], 3)  # one tall picture
+    cv2.LUT(pixels.reshape(flat), table, out.reshape(flat))
+    return torch.from_numpy(out).view(dtype)

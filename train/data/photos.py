@@ -1,0 +1,261 @@
+"""Photos as every source lists them, and how one photo file becomes an upright RGB picture."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from train.errors import DataError, UsageError
+
+# What Pillow may open: the formats photos come in. Among the others some start foreign programs.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif")
+    + (".tiff", ".ppm")
+)
+
+# Room for a 108-megapixel phone (about 0.5 GB while it is decoded); anything above is refused from
+# its header, which makes Pillow's own warning at a lower figure noise.
+MAX_PIXELS = 2**27
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112  # the EXIF tag; values 2..8 say how to turn the stored picture upright
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadablePhoto(Exception):
+    """One photo that cannot be shown; the message is the reason, in a few words."""
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A file that is not trained on. `bad`: it should have been a photo (junk is not)."""
+
+    file: str
+    reason: str
+    bad: bool = True
+
+
+@dataclass(frozen=True, repr=False)
+class Photos:
+    """N labelled photos of one source, and what the source left out.
+
+    name      for display
+    classes   sorted class names
+    files     N unique names relative to the source's root; what split.csv writes
+    labels    int64 [N], positions in `classes`
+    digests   N SHA-256 sums of the content: equal content, equal digest
+    excluded  files left out, each with its reason
+    load      (file, shorter side wanted or None) -> upright RGB picture; raises UnreadablePhoto.
+              The picture may be smaller than stored, but never under twice the side wanted
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: np.ndarray
+    digests: tuple[str, ...]
+    excluded: tuple[Excluded, ...]
+    load: Callable[[str, int | None], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.excluded)} left out" if self.excluded else ""
+        return f"Photos({self.name}: {len(self)} in {len(self.classes)} classes{left_out})"
+
+    def read(self, i: int) -> np.ndarray:
+        """Photo `i` in full: uint8 [height, width, 3]. Raises UnreadablePhoto."""
+        return np.asarray(self.load(self.files[i], None))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Photos":
+        """The photos at `indices`, in that order; classes and the list of excluded files stay."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return replace(
+            self,
+            files=tuple(self.files[i] for i in chosen),
+            labels=self.labels[chosen],
+            digests=tuple(self.digests[i] for i in chosen),
+        )
+
+
+def choose_classes(available: Iterable[str], wanted: tuple[str, ...], source: str) -> list[str]:
+    """The classes to train on, sorted: `wanted`, or all. Raises UsageError for an unknown one."""
+    available = sorted(set(available))
+    unknown = sorted(set(wanted) - set(available))
+    if unknown:
+        shown = ", ".join(available[:12]) + (", ..." if len(available) > 12 else "")
+        raise UsageError(
+            f"--classes names {', '.join(unknown)}, which {source} lacks: choose from {shown}."
+        )
+    chosen = sorted(set(wanted)) or available
+    if len(chosen) < 2:
+        raise DataError(
+            f"{source} gives {len(chosen)} class{'' if chosen else 'es'} "
+            f"({', '.join(chosen) or 'none'}), and a classifier needs at least two."
+        )
+    return chosen
+
+
+def list_photos(
+    name: str,
+    root: Path,
+    entries: Sequence[tuple[str, str, str]],
+    classes: Sequence[str],
+    excluded: Sequence[Excluded] = (),
+) -> Photos:
+    """Photos from files under `root`; hashes each file once, in parallel.
+
+    entries: (file relative to root, label, where it is listed, for messages). Entries that are not
+    there are excluded. Raises DataError for a path that leaves `root` or when no file is left.
+    """
+    real_root = os.path.realpath(root)
+    for file, _, where in entries:
+        if not Path(os.path.realpath(root / file)).is_relative_to(real_root):
+            raise DataError(
+                f"{where} leads out of {root} ({file!r}): put the photo itself into the folder."
+            )
+
+    def digest(entry: tuple[str, str, str]) -> str | Excluded:
+        path = root / entry[0]
+        try:
+            entry[0].encode()
+            if not path.is_file():
+                reason = "is not a regular file" if path.exists() else "listed, but not there"
+                return Excluded(entry[0], reason)
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except UnicodeEncodeError:
+            return Excluded(_printable(entry[0]), "file name is not valid text")
+        except OSError as error:
+            return Excluded(entry[0], error.strerror or str(error))
+
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        progress = tqdm(pool.map(digest, entries), "hashing", len(entries), unit=" files", delay=1)
+        results = list(progress)
+    kept = [
+        (file, label, result)
+        for (file, label, _), result in zip(entries, results, strict=True)
+        if isinstance(result, str)
+    ]
+    missing = [result for result in results if isinstance(result, Excluded)]
+    if not kept:
+        example = f" (first: {missing[0].file}, {missing[0].reason})" if missing else ""
+        raise DataError(
+            f"none of the {len(entries)} photos of {name} can be opened in {root}{example}: "
+            "check the path."
+        )
+    position = {label: i for i, label in enumerate(classes)}
+    return Photos(
+        name=name,
+        classes=tuple(classes),
+        files=tuple(file for file, _, _ in kept),
+        labels=np.array([position[label] for _, label, _ in kept], dtype=np.int64),
+        digests=tuple(result for _, _, result in kept),
+        excluded=(*excluded, *missing),
+        load=PhotoFolder(root),
+    )
+
+
+def photo_files(folder: Path) -> tuple[list[str], list[Excluded]]:
+    """All photos below `folder` (sorted, with forward slashes), and the junk beside them."""
+    photos, junk = [], []
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for file in sorted(files):
+            relative = (Path(path) / file).relative_to(folder).as_posix()
+            if file.startswith(".") or Path(file).suffix.lower() not in EXTENSIONS:
+                junk.append(Excluded(_printable(relative), "not a photo", bad=False))
+            else:
+                photos.append(relative)
+    return photos, junk
+
+
+def _printable(file: str) -> str:
+    """Names that are not valid text hold lone surrogates, which cannot be written to a report."""
+    return file.encode(errors="backslashreplace").decode()
+
+
+@dataclass(frozen=True)
+class PhotoFolder:
+    """Loads photo files below `root`."""
+
+    root: Path
+
+    def __call__(self, file: str, shorter: int | None = None) -> Image.Image:
+        return decode(self.root / file, shorter)
+
+
+def decode(path: Path, shorter: int | None = None) -> Image.Image:
+    """The photo at `path`, upright and in RGB; the first frame of an animation.
+
+    shorter: the side the caller will shrink the shorter side to. A JPEG of more than four times
+    that is then decoded at a reduced scale, still at least twice as large as asked.
+    Raises UnreadablePhoto with the reason, DataError where the system refuses to read the file.
+    """
+    try:
+        if path.stat().st_size == 0:
+            raise UnreadablePhoto("empty file")
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UnreadablePhoto(f"{width} x {height} pixels, over the limit of {MAX_PIXELS}")
+            orientation = _orientation(image)
+            if shorter is not None:
+                scale = 2 * shorter / min(width, height)
+                image.draft(None, (round(width * scale), round(height * scale)))
+            picture = _to_rgb(image)
+    except (UnreadablePhoto, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise UnreadablePhoto("not an image") from None
+    except Image.DecompressionBombError:
+        raise UnreadablePhoto(f"too many pixels, over the limit of {MAX_PIXELS}") from None
+    except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path} cannot be read ({error.strerror}): try again.") from error
+        raise UnreadablePhoto(f"damaged: {str(error) or type(error).__name__}") from error
+    return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged EXIF block does not make the picture unreadable
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _sixteen_bit_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    image.load()
+    return image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey pictures of 16 bits: Pillow's own conversion cuts them off at 255."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+        raise UnreadablePhoto(f"pixels of mode {image.mode} have no known range")
+    grey = (values.astype(np.uint32) * 255 + 32767) // 65535
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

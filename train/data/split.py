@@ -1,0 +1,135 @@
+"""Which photos validate: stratified by class, and by default never apart from a twin.
+
+A random split of a set with byte-identical copies puts the same photo on both sides, and the
+validation accuracy then measures memory. The grouped split moves all copies together.
+"""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from train.data.photos import Photos
+from train.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Indices into `photos` for training and validation (int64, sorted), and what they share.
+
+    groups            different contents; duplicate_groups: those with more than one file
+    leaked_share      share of validation photos with an identical one in train, 0 to 1
+    """
+
+    photos: Photos = field(repr=False)
+    train: np.ndarray = field(repr=False)
+    val: np.ndarray = field(repr=False)
+    kind: str
+    groups: int
+    duplicate_groups: int
+    leaked_share: float
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """(filename, label, "train" or "val") of every photo, in the order of `photos`."""
+        val = set(self.val.tolist())
+        for i, (file, label) in enumerate(zip(self.photos.files, self.photos.labels, strict=True)):
+            yield file, self.photos.classes[label], "val" if i in val else "train"
+
+
+def split_photos(
+    photos: Photos,
+    *,
+    val_fraction: float = 0.2,
+    kind: Literal["grouped", "random"] = "grouped",
+    seed: int = 0,
+) -> Split:
+    """A stratified split: each class gives about `val_fraction` of its photos to validation.
+
+    Every class that can (two photos; grouped: two different photos) stands on both sides.
+    `random` ignores identical photos, and warns with the share that leaks.
+    Raises UsageError for a fraction outside [0, 1).
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction} is not in [0, 1): 0.2 is usual.")
+    contents = np.unique(np.asarray(photos.digests), return_inverse=True)[1]
+    sizes = np.bincount(contents)
+    groups = contents if kind == "grouped" else np.arange(len(photos))
+    in_val = np.zeros(len(photos), dtype=bool)
+    if val_fraction:
+        members = _members(groups)
+        owner = np.array([np.bincount(photos.labels[m]).argmax() for m in members])
+        for label in range(len(photos.classes)):
+            own = [members[g] for g in np.flatnonzero(owner == label)]
+            for group in _choose(own, val_fraction, np.random.default_rng((seed, label))):
+                in_val[group] = True
+    leaked = np.isin(contents[in_val], contents[~in_val])
+    leaked_share = float(leaked.mean()) if leaked.size else 0.0
+    if leaked_share:
+        warnings.warn(
+            f"--split {kind}: {leaked_share:.0%} of the validation photos have an identical photo "
+            "in train, so their accuracy is too high; --split grouped keeps twins together.",
+            stacklevel=2,
+        )
+    return Split(
+        photos=photos,
+        train=np.flatnonzero(~in_val),
+        val=np.flatnonzero(in_val),
+        kind=kind,
+        groups=len(sizes),
+        duplicate_groups=int((sizes > 1).sum()),
+        leaked_share=leaked_share,
+    )
+
+
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """The positions of each group, for group numbers 0 .. G-1."""
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(groups))[:-1])
+
+
+def _choose(
+    groups: list[np.ndarray], fraction: float, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """Groups of one class for validation, near to `fraction` of its photos; never all of them."""
+    if len(groups) < 2:
+        return []
+    missing = max(1, round(fraction * sum(map(len, groups))))
+    chosen, rest = [], []
+    for i in generator.permutation(len(groups)):
+        fits = len(groups[i]) <= missing
+        (chosen if fits else rest).append(groups[i])
+        missing -= len(groups[i]) if fits else 0
+    chosen.sort(key=len)
+    rest.sort(key=len)
+    if not rest:
+        chosen.pop(0)
+    elif len(rest) > 1 and (not chosen or len(rest[0]) < 2 * missing):
+        chosen.append(rest[0])
+    return chosen
+
+
+def limit_photos(photos: Photos, n: int, seed: int = 0) -> Photos:
+    """`n` photos drawn at random, each class keeping its share; all of them if there are fewer.
+
+    Raises UsageError if that leaves a class with fewer than two photos.
+    """
+    if n >= len(photos):
+        return photos
+    counts = np.bincount(photos.labels, minlength=len(photos.classes))
+    exact = counts * (n / len(photos))
+    quota = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(quota - exact, kind="stable")
+    quota[largest_remainders[: n - quota.sum()]] += 1
+    if quota.min() < 2:
+        scarce = photos.classes[int(quota.argmin())]
+        raise UsageError(
+            f"--limit {n} leaves class {scarce} with {quota.min()} photos: take more, each class "
+            "needs at least two."
+        )
+    chosen = [
+        np.random.default_rng((seed, label)).permutation(np.flatnonzero(photos.labels == label))[:k]
+        for label, k in enumerate(quota)
+    ]
+    return photos.subset(np.sort(np.concatenate(chosen)))

@@ -1,0 +1,46 @@
+"""The errors a user can cause or meet, each with the exit code the command line returns for it.
+
+A message is one sentence that names the file, row, flag or tensor, followed by the cure.
+"""
+
+
+class LapisError(Exception):
+    """Base of every error that ends a command with a sentence instead of a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(LapisError):
+    """A flag, or a combination of flags, that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(LapisError):
+    """Photos, labels or folders that cannot be trained on."""
+
+    exit_code = 3
+
+
+class CheckpointError(LapisError):
+    """A checkpoint that is missing, damaged or of another model."""
+
+    exit_code = 4
+
+
+class NumericError(LapisError):
+    """A loss or gradient that is not finite."""
+
+    exit_code = 5
+
+
+class OutOfMemoryError(LapisError):
+    """The device has too little memory for this batch."""
+
+    exit_code = 6
+
+
+class DiskError(LapisError):
+    """A file or folder that cannot be written."""
+
+    exit_code = 7

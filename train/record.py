@@ -1,0 +1,132 @@
+"""What a run writes while it runs: its folder and its JSON files (accuracies are 0..1)."""
+
+import datetime
+import json
+import math
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from train.errors import CheckpointError, DiskError, UsageError
+from train.files import unwritable, write_atomically
+
+
+def create_run_folder(out: Path | None, model: str) -> Path:
+    """Make the folder of a new run: `out`, or `runs/<date>-<model>-NNN` under the working folder.
+
+    Two runs started at once get two folders. Raises `UsageError` when `out` holds a run already
+    and `DiskError` when the folder cannot be made or written to.
+    """
+    try:
+        if out is None:
+            return _next_run(Path("runs"), f"{datetime.date.today().isoformat()}-{model}-")
+        out = Path(out)
+        if out.exists() and not out.is_dir():
+            raise DiskError(f"--out {out} is a file; choose a folder, or remove the file")
+        if (out / "config.json").exists():
+            raise UsageError(
+                f"--out {out} holds a run already; continue it with"
+                f" --resume {shlex.quote(str(out))} or choose another folder"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # the one sure test, also for root and full disks
+            return out
+    except OSError as error:
+        raise unwritable(out or Path("runs"), error) from error
+
+
+def _next_run(parent: Path, prefix: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    taken = [path.name.removeprefix(prefix) for path in parent.glob(f"{prefix}*")]
+    number = max((int(tail) for tail in taken if tail.isdecimal()), default=0)
+    while True:
+        number += 1
+        folder = parent / f"{prefix}{number:03d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run took the number meanwhile
+            continue
+        return folder
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all.
+
+    Paths become strings, numpy scalars numbers, and numbers JSON has no word for (NaN, infinity)
+    null. Raises `DiskError`.
+    """
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode("utf-8", "replace"))
+
+
+def append_jsonl(path: Path, value: Mapping[str, object]) -> None:
+    """Append one line to a JSON-lines file, on the disk when this returns.
+
+    A last line torn by a crash is completed or cut off first. Raises `DiskError`.
+    """
+    line = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        with open(path, "ab+") as stream:
+            _mend_tail(stream)
+            stream.write(line.encode("utf-8", "replace"))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _mend_tail(stream) -> None:
+    if stream.seek(0, os.SEEK_END) == 0:
+        return
+    stream.seek(-1, os.SEEK_END)
+    if stream.read(1) == b"\n":
+        return
+    stream.seek(0)
+    content = stream.read()
+    _, _, tail = content.rpartition(b"\n")
+    if _parse(tail) is None:
+        stream.truncate(len(content) - len(tail))
+    else:
+        stream.write(b"\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a JSON-lines file; a missing file has none, a torn last line is dropped.
+
+    Raises `CheckpointError` naming the line when one before the last is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines()
+    records = [_parse(line) for line in lines]
+    if records and records[-1] is None:
+        records.pop()
+    for number, record in enumerate(records, start=1):
+        if record is None:
+            raise CheckpointError(f"{path} is damaged at line {number}; remove that line to go on")
+    return records
+
+
+def _parse(line: bytes) -> dict | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

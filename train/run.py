@@ -1,0 +1,313 @@
+"""The main job: `python -m train.run --model resnet34 --fused` trains on a folder of photos."""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import shlex
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from models import (
+    Backend,
+    BackendUnavailable,
+    build_model,
+    parameter_counts,
+    resolve_backend,
+)
+from train import checkpoint
+from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
+from train.data import Photos, limit_photos, load_images, open_photos, split_photos
+from train.data.loader import Loader
+from train.data.split import Split
+from train.environment import choose_amp, choose_device, device_name, prepare, versions
+from train.errors import CheckpointError, LapisError, NumericError, OutOfMemoryError, UsageError
+from train.files import write_atomically
+from train.loop import Listener, NonFiniteLoss, Training, fit
+from train.progress import Progress
+from train.record import append_jsonl, create_run_folder, write_json
+from train.run_report import write_report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the flags say; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]))
+    except (LapisError, BackendUnavailable) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", UsageError.exit_code)
+    except torch.OutOfMemoryError:
+        if debug:
+            raise
+        print(
+            "error: the GPU has too little memory for this batch: halve --batch-size",
+            file=sys.stderr,
+        )
+        return OutOfMemoryError.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; --resume RUN_DIR goes on after the last epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration the flags describe, on top of their recipe, or the one --resume names.
+
+    Raises UsageError for combinations that cannot work; unknown flags and values end in exit 2.
+    """
+    recipe = "default"
+    for i, word in enumerate(argv):
+        if word == "--recipe" and i + 1 < len(argv):
+            recipe = argv[i + 1]
+        elif word.startswith("--recipe="):
+            recipe = word.removeprefix("--recipe=")
+    config = tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config),
+        prog="python -m train.run",
+        description="Train a plain or residual network on a folder of photos.",
+        default=RECIPES.get(recipe, RECIPES["default"]),
+        args=argv,
+    )
+    if config.run.resume is not None:
+        return _resumed(config, argv)
+    check(config)
+    return config
+
+
+def _resumed(config: Config, argv: list[str]) -> Config:
+    allowed = {"--resume", "--threads", "--debug", "--workers"}
+    others = [w.split("=")[0] for w in argv if w.startswith("--")]
+    extra = [flag for flag in others if flag not in allowed]
+    if extra:
+        raise UsageError(
+            f"--resume takes its settings from the run's config.json: leave out {extra[0]}"
+        )
+    folder = config.run.resume
+    state, path = checkpoint.load_newest(folder / "checkpoints")
+    print(f"resuming {folder} after epoch {len(state['history'])} ({path.name})")
+    old = from_dict(state["config"])
+    run = replace(
+        old.run, resume=folder, out=folder, threads=config.run.threads, debug=config.run.debug
+    )
+    return replace(old, run=run)
+
+
+def train(config: Config, command: str) -> dict[str, Any]:
+    """Run the job of `config`; returns what summary.json holds. Raises LapisError."""
+    started = time.perf_counter()
+    device = choose_device(config.run.device)
+    amp_dtype = choose_amp(config.run.amp, device)
+    prepare(config.run)
+
+    data = config.data
+    photos = open_photos(data.data, classes=data.classes, seed=config.run.seed)
+    if data.limit is not None:
+        photos = limit_photos(photos, data.limit, config.run.seed)
+    store = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
+    images, photos = load_images(photos, store)
+    for excluded in photos.excluded[:10]:
+        print(f"left out {excluded.file}: {excluded.reason}")
+    split = split_photos(
+        photos, val_fraction=data.val_fraction, kind=data.split, seed=config.run.seed
+    )
+    print(
+        f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
+        f"{len(split.train)} train, {len(split.val)} validation; "
+        f"{split.duplicate_groups} photos occur more than once"
+    )
+
+    resumed = None
+    if config.run.resume is not None:
+        resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
+        _check_same_data(resumed, photos, split)
+        backend = Backend(resumed["backend"], resumed["backend_reason"])
+    else:
+        pixels = (data.image_size / 224) ** 2
+        backend = resolve_backend(
+            requested_backend(config), device, config.optim.epochs * len(split.train) * pixels
+        )
+
+    torch.manual_seed(config.run.seed)
+    model = _build(config, len(photos.classes), backend, device)
+    parameters, trainable = parameter_counts(model)
+    precision = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
+    print(f"model: {config.model.model}, {parameters:,} parameters, {precision}, on {device}")
+    print(f"backend: {backend.name} ({backend.reason})")
+
+    loader_options = {
+        "image_size": data.image_size,
+        "seed": config.run.seed,
+        "dtype": amp_dtype or torch.float32,
+        "channels_last": config.run.channels_last,
+        "workers": data.workers,
+        "device": device,
+    }
+    train_loader = Loader(
+        images,
+        photos.labels,
+        split.train,
+        batch_size=config.optim.batch_size,
+        augment=data.augment,
+        shuffle=True,
+        **loader_options,
+    )
+    val_loader = None
+    if len(split.val):
+        val_loader = Loader(
+            images,
+            photos.labels,
+            split.val,
+            batch_size=config.optim.val_batch_size,
+            **loader_options,
+        )
+    training = Training(
+        model,
+        config.optim,
+        total_steps=config.optim.epochs * len(train_loader),
+        amp_dtype=amp_dtype,
+        mixup_alpha=data.mixup,
+        seed=config.run.seed,
+    )
+    if resumed is not None:
+        training.restore(resumed)
+        folder = config.run.resume
+    else:
+        folder = create_run_folder(config.run.out, config.model.model)
+        write_json(folder / "config.json", {"command": command, **to_dict(config)})
+        write_atomically(folder / "split.csv", _split_csv(split))
+    print(f"run folder: {folder}")
+
+    fixed = {
+        "config": to_dict(config),
+        "classes": list(photos.classes),
+        "backend": backend.name,
+        "backend_reason": backend.reason,
+        "data_digest": _data_digest(photos, split),
+        "versions": versions(),
+    }
+    recorder = Recorder(folder, fixed)
+    progress = Progress(config.optim.epochs, config.optim.batch_size, len(training.history))
+    try:
+        fit(training, train_loader, val_loader, len(photos.classes), [recorder, progress])
+    except NonFiniteLoss as error:
+        files = [photos.files[i] for i in error.indices]
+        write_json(folder / "bad_batch.json", files)
+        raise NumericError(
+            f"{error} (photos {', '.join(files[:3])}, ...; all in bad_batch.json): "
+            "lower --lr, or look at these photos"
+        ) from error
+
+    summary = {
+        "model": config.model.model,
+        "backend": backend.name,
+        "backend_reason": backend.reason,
+        "device": device_name(device),
+        "precision": precision,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        **_results(training),
+        "seconds": time.perf_counter() - started,
+        "seed": config.run.seed,
+        "recipe": config.run.recipe,
+        "split": {
+            "kind": split.kind,
+            "train": len(split.train),
+            "validation": len(split.val),
+            "groups": split.groups,
+            "duplicate_groups": split.duplicate_groups,
+            "leaked_share": split.leaked_share,
+            "excluded": len(photos.excluded),
+        },
+        "classes": list(photos.classes),
+        "versions": fixed["versions"],
+        "command": command,
+    }
+    write_json(folder / "summary.json", summary)
+    write_report(
+        folder,
+        config=to_dict(config),
+        summary=summary,
+        history=training.history,
+        confusion=training.best and training.best["confusion"],
+        classes=photos.classes,
+    )
+    print(f"done in {summary['seconds']:.0f} s: {folder / 'report.html'}")
+    return summary
+
+
+class Recorder(Listener):
+    """Writes a line of metrics.jsonl and a checkpoint after each epoch."""
+
+    def __init__(self, folder: Path, fixed: dict[str, Any]):
+        self.folder = folder
+        self.fixed = fixed
+
+    def epoch_ended(self, training: Training, record: dict[str, Any]) -> None:
+        append_jsonl(self.folder / "metrics.jsonl", record)
+        is_best = training.best is not None and training.best["epoch"] == record["epoch"]
+        checkpoint.save(self.folder / "checkpoints", {**self.fixed, **training.state()}, is_best)
+
+
+def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):
+    options = dataclasses.asdict(config.model)
+    model = build_model(options.pop("model"), num_classes, **options, backend=backend.name)
+    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
+    return model.to(device, memory_format=layout)
+
+
+def _results(training: Training) -> dict[str, Any]:
+    history, best = training.history, training.best or {}
+    last = history[-1]
+    seconds = sum(record["seconds"] for record in history)
+    images = sum(record["seconds"] * record["images_per_second"] for record in history)
+    return {
+        "epochs": len(history),
+        "best_val_accuracy": best.get("val_accuracy"),
+        "best_epoch": best.get("epoch"),
+        "final_train_loss": last["train_loss"],
+        "final_train_accuracy": last["train_accuracy"],
+        "final_val_loss": last["val_loss"],
+        "final_val_accuracy": last["val_accuracy"],
+        "images_per_second": images / seconds,
+    }
+
+
+def _split_csv(split: Split) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows([("filename", "label", "split"), *split.rows()])
+    return text.getvalue().encode()
+
+
+def _data_digest(photos: Photos, split: Split) -> str:
+    """One SHA-256 over names, contents, labels and split: equal data, equal digest."""
+    rows = zip(photos.digests, split.rows(), strict=True)
+    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+
+
+def _check_same_data(state: dict[str, Any], photos: Photos, split: Split) -> None:
+    if state["classes"] != list(photos.classes):
+        raise CheckpointError(
+            f"the run was trained on the classes {', '.join(state['classes'])}, the data now has "
+            f"{', '.join(photos.classes)}: restore the data, or start a new run"
+        )
+    if state["data_digest"] != _data_digest(photos, split):
+        raise CheckpointError(
+            "the photos, labels or their split changed since this run began: restore the data, "
+            "or start a new run"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
