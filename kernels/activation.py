@@ -23,14 +23,23 @@ REFERENCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 ACTS = tuple(REFERENCE)
 MASK_ACTS = ("identity", "relu", "leaky_relu")  # the sign of the output decides the derivative
 
+aten = torch.ops.aten
+# act'(z) * dy; autograd is out of reach inside the CPU implementation of a torch.library op
+REFERENCE_BACKWARD: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "identity": lambda dy, z: dy,
+    "relu": lambda dy, z: aten.threshold_backward(dy, z, 0),
+    "leaky_relu": lambda dy, z: aten.leaky_relu_backward(dy, z, 0.01, False),
+    "silu": lambda dy, z: aten.silu_backward(dy, z),
+    "gelu": lambda dy, z: aten.gelu_backward(dy, z),
+    "mish": lambda dy, z: aten.mish_backward(dy, z),
+}
+
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
     """act(z) for a float32 block."""
     if ACT == "relu":
-        z = tl.where(
-            z > 0, z, 0.0
-        )  # as eager: relu(-0.0) and relu(NaN) are decided by the comparison
+        z = tl.where(z <= 0, 0.0, z)  # as eager: a NaN stays
     elif ACT == "leaky_relu":
         z = tl.where(z > 0, z, 0.01 * z)
     elif ACT == "silu":

@@ -30,9 +30,9 @@ def reference(x: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def _forward_kernel(
     x_ptr, y_ptr, channels, pixels, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
-):  # grid (C / BLOCK_C, N); x [N, P, C], y [N, C]
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    x_ptr += tl.program_id(1).to(tl.int64) * pixels * channels
+):  # grid (N, C / BLOCK_C); x [N, P, C], y [N, C]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    x_ptr += tl.program_id(0).to(tl.int64) * pixels * channels
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, pixels, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -40,7 +40,7 @@ def _forward_kernel(
         x = tl.load(x_ptr + p[:, None] * channels + c[None, :], mask=inside, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=0)
     y = rounded(total / pixels, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + tl.program_id(1).to(tl.int64) * channels + c, y, mask=c < channels)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * channels + c, y, mask=c < channels)
 
 
 @triton.jit
@@ -53,9 +53,9 @@ def _backward_kernel(
     pixels,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):  # grid (C / BLOCK_C, N); dy [N, C] by its strides, dx [N, P, C]
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    n = tl.program_id(1).to(tl.int64)
+):  # grid (N, C / BLOCK_C); dy [N, C] by its strides, dx [N, P, C]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n = tl.program_id(0).to(tl.int64)
     dy = tl.load(dy_ptr + n * stride_dn + c * stride_dc, mask=c < channels)
     dx = rounded(dy.to(tl.float32) / pixels, dx_ptr.dtype.element_ty)
     dx_ptr += n * pixels * channels
@@ -72,7 +72,7 @@ def forward(x: torch.Tensor) -> torch.Tensor:
     n, c, h, w = x.shape
     y = x.new_empty(n, c)
     if y.numel():
-        grid = (triton.cdiv(c, BLOCK_C), n)
+        grid = (n, triton.cdiv(c, BLOCK_C))
         run(_forward_kernel, grid, x, y, c, h * w, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
     return y
 
@@ -82,7 +82,7 @@ def backward(dy: torch.Tensor, height: int, width: int) -> torch.Tensor:
     n, c = dy.shape
     dx = empty_nhwc(n, c, height, width, like=dy)
     if dx.numel():
-        grid = (triton.cdiv(c, BLOCK_C), n)
+        grid = (n, triton.cdiv(c, BLOCK_C))
         args = (dy, dx, *dy.stride(), c, height * width)
         run(_backward_kernel, grid, *args, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
     return dx
@@ -144,12 +144,4 @@ def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
     return {"forward": cost, "backward": cost}
 
 
-SPEC = KernelSpec(
-    "avg_pool",
-    reference,
-    avg_pool,
-    _make_inputs,
-    _launch,
-    _cost,
-    STAGES[-1:],
-)
+SPEC = KernelSpec("avg_pool", reference, avg_pool, _make_inputs, _launch, _cost, STAGES[-1:])

@@ -26,26 +26,30 @@ or the residual itself (smooth activations). z is rounded to the storage type be
 activation, as in eager PyTorch, and recomputed by the same expression.
 
 Layout: x, residual, r [N, C, H, W] of one shape and dtype, any strides; copied once unless
-channels-last. Sums are float32 in a fixed order. Where Triton cannot run the op is `reference`.
+channels-last. Sums are float32 in a fixed order. The kernels are in bn_passes.py, the
+statistics in bn_stats.py. Where Triton cannot run the op is `reference`.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, REFERENCE, activate, activate_grad
-from kernels.bn_stats import Tile, batch_statistics, statistics, tile_position
+from kernels.activation import ACTS, MASK_ACTS, REFERENCE, REFERENCE_BACKWARD
+from kernels.bn_passes import (
+    Channels,
+    backward,
+    empty_gradients,
+    empty_outputs,
+    forward,
+    keeps_mask,
+    kind_of,
+)
+from kernels.bn_stats import batch_statistics, statistics
 from kernels.bn_stats import reference as reference_statistics
-from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
-from kernels.numerics import rounded
+from kernels.launch import check, nhwc, runs_triton
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
-# by bytes of an element
-FORWARD = {2: Tile(4096, 4), 4: Tile(2048, 4)}
-SUMS = {2: Tile(2048, 4, 8), 4: Tile(2048, 4, 8)}
-APPLY = {2: Tile(4096, 4), 4: Tile(2048, 4)}
-MERGE_PARTIALS, MERGE_CHANNELS = 512, 8
-
+# weight, bias, running_mean, running_var, eps
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]
 Stats = tuple[torch.Tensor, torch.Tensor]
 
@@ -85,128 +89,284 @@ def reference(
     return REFERENCE[act](z), *found
 
 
-def keeps_mask(act: str, residual: torch.Tensor | None, has_norm: bool) -> bool:
-    """Whether the backward needs the mask of z > 0: z cannot be recomputed from x alone."""
-    return residual is not None and not has_norm and act in ("relu", "leaky_relu")
+def pack(positive: torch.Tensor) -> torch.Tensor:
+    """The kernels' mask in plain PyTorch: bool [N, C, H, W] -> uint8 [N*H*W, ceil(C/8)], the
+    lowest bit first."""
+    rows = positive.permute(0, 2, 3, 1).flatten(0, 2).to(torch.uint8)
+    bits = F.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-(-rows.shape[1] // 8), 8))
+    return (bits << torch.arange(8, device=rows.device)).sum(2, dtype=torch.uint8)
 
 
-@triton.jit
-def _load(ptr, offsets, inside):
-    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+def unpack(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `pack` for a tensor of `shape` [N, C, H, W]."""
+    n, c, h, w = shape
+    bits = (mask[:, :, None] >> torch.arange(8, device=mask.device)) & 1
+    return bits.flatten(1)[:, :c].view(n, h, w, c).permute(0, 3, 1, 2).bool()
 
 
-@triton.jit
-def _channels(weight_ptr, bias_ptr, mean_ptr, var_ptr, cols, c, eps):
-    inv = tl.rsqrt(_load(var_ptr, cols, cols < c) + eps)
-    scale = _load(weight_ptr, cols, cols < c) * inv
-    return _load(mean_ptr, cols, cols < c), scale, _load(bias_ptr, cols, cols < c)
+def _norm_backward(
+    dz: torch.Tensor, x: torch.Tensor, norm: Channels, eps: float, training: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # dx, dweight, dbias by the equations above
+    dz, centred = dz.float(), x.float() - norm[2].float()[:, None, None]
+    inv = (norm[3].float() + eps).rsqrt()
+    s1, s2 = dz.sum((0, 2, 3)), (dz * centred).sum((0, 2, 3))
+    dx = dz
+    if training:
+        m = max(1, x.numel() // x.shape[1])
+        dx = dz - (s1[:, None, None] + (inv * inv * s2)[:, None, None] * centred) / m
+    return (dx * (norm[0] * inv)[:, None, None]).to(x.dtype), inv * s2, s1
 
 
-@triton.jit
-def _preactivation(
-    x, mean, s, b, r, r_mean, r_s, r_b, RESIDUAL: tl.constexpr, DTYPE: tl.constexpr
+def _reference_backward(
+    dy, x, norm, residual, r_norm, mask, kind, act, training, eps, r_eps
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if keeps_mask(act, kind):
+        z = torch.where(unpack(mask, x.shape), 1.0, -1.0).to(x.dtype)
+    else:
+        r_args = None if r_norm is None else (*r_norm, r_eps)
+        options = {"residual": residual, "residual_norm": r_args, "eps": eps}
+        z = reference(x, *norm, act="identity", training=False, **options)[0]
+    dr = dz = REFERENCE_BACKWARD[act](dy, z)
+    dx, *dparams = _norm_backward(dz, x, norm, eps, training)
+    if r_norm is not None:
+        dr, *more = _norm_backward(dz, residual, r_norm, r_eps, training)
+        dparams += more
+    return dx, dr, torch.stack(dparams)
+
+
+@torch.library.custom_op("lapis::bn_act", mutates_args=())
+def _op(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    residual: torch.Tensor | None,
+    r_weight: torch.Tensor | None,
+    r_bias: torch.Tensor | None,
+    r_mean: torch.Tensor | None,
+    r_var: torch.Tensor | None,
+    act: str,
+    training: bool,
+    eps: float,
+    r_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm, r_norm = (weight, bias, mean, var), _channels(r_weight, r_bias, r_mean, r_var)
+    if runs_triton(x):
+        return forward(x, norm, residual, r_norm, act, eps, r_eps)
+    options = {"act": act, "training": False, "eps": eps, "residual": residual}
+    if r_norm is not None:
+        options["residual_norm"] = (*r_norm, r_eps)
+    y = reference(x, *norm, **options)[0]
+    kept = keeps_mask(act, kind_of(residual, r_norm))
+    return nhwc(y), pack(y > 0) if kept else x.new_empty(0, dtype=torch.uint8)
+
+
+def _channels(*tensors: torch.Tensor | None) -> Channels | None:
+    return None if tensors[0] is None else tensors
+
+
+@_op.register_fake
+def _(
+    x, weight, bias, mean, var, residual, r_weight, r_bias, r_mean, r_var, act, training, eps, r_eps
 ):
-    # x - mean first: s*x + (b - mean*s) cancels where |mean| is far above the standard deviation
-    z = (x - mean) * s + b
-    if RESIDUAL == "add":
-        z += r
-    elif RESIDUAL == "norm":
-        z += (r - r_mean) * r_s + r_b
-    return rounded(z, DTYPE).to(tl.float32)
+    return empty_outputs(x, kind_of(residual, r_weight), act)
 
 
-@triton.jit
-def _mask_position(tile, rows, m, c, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    width = tl.cdiv(c, 8)
-    column = (tl.program_id(0) % tl.cdiv(c, BLOCK_C)) * (BLOCK_C // 8)
-    column += tl.arange(0, BLOCK_C // 8)[None, :]
-    inside = (rows < m - tile * BLOCK_M) & (column < width)
-    return tile.to(tl.int64) * BLOCK_M * width + rows * width + column, inside
+@torch.library.custom_op("lapis::bn_act_backward", mutates_args=())
+def _backward_op(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    residual: torch.Tensor | None,
+    r_weight: torch.Tensor | None,
+    r_bias: torch.Tensor | None,
+    r_mean: torch.Tensor | None,
+    r_var: torch.Tensor | None,
+    mask: torch.Tensor,
+    kind: str,
+    act: str,
+    training: bool,
+    eps: float,
+    r_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    norm, r_norm = (weight, bias, mean, var), _channels(r_weight, r_bias, r_mean, r_var)
+    args = (dy, x, norm, residual, r_norm, mask, kind, act, training, eps, r_eps)
+    if runs_triton(x):
+        return backward(*args)
+    dx, dr, dparams = _reference_backward(*args)
+    own = empty_gradients(x, kind, act)[1].dim() == 4
+    return nhwc(dx), nhwc(dr) if own else x.new_empty(0), dparams
 
 
-@triton.jit
-def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    r_ptr, r_weight_ptr, r_bias_ptr, r_mean_ptr, r_var_ptr,
-    y_ptr, mask_ptr,
-    m, c, eps, r_eps,
-    ACT: tl.constexpr, RESIDUAL: tl.constexpr, KEEP_MASK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+@_backward_op.register_fake
+def _(
+    dy, x, weight, bias, mean, var, residual, r_weight, r_bias, r_mean, r_var, mask, kind, act,
+    training, eps, r_eps,
 ):  # fmt: skip
-    tile, rows, cols = tile_position(c, BLOCK_M, BLOCK_C)
-    mean, s, b = _channels(weight_ptr, bias_ptr, mean_ptr, var_ptr, cols, c, eps)
-    r_mean, r_s, r_b = _channels(
-        r_weight_ptr, r_bias_ptr, r_mean_ptr, r_var_ptr, cols, c, r_eps
-    )
-    first = tile.to(tl.int64) * BLOCK_M * c
-    offsets = rows * c + cols
-    inside = (rows < m - tile * BLOCK_M) & (cols < c)
-    x = _load(x_ptr + first, offsets, inside)
-    r = _load(r_ptr + first, offsets, inside) if RESIDUAL != "none" else x
-    z = _preactivation(x, mean, s, b, r, r_mean, r_s, r_b, RESIDUAL, y_ptr.dtype.element_ty)
-    y = rounded(activate(z, ACT), y_ptr.dtype.element_ty)
-    tl.store(y_ptr + first + offsets, y, mask=inside)
-    if KEEP_MASK:
-        # eight neighbouring channels, the 16 bytes of bf16 that one thread holds, make a byte
-        bits = tl.reshape((z > 0).to(tl.int32), (BLOCK_M, BLOCK_C // 8, 8))
-        bits = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
-        at, kept = _mask_position(tile, rows, m, c, BLOCK_M, BLOCK_C)
-        tl.store(mask_ptr + at, bits.to(tl.uint8), mask=kept)
+    dx, dr = empty_gradients(x, kind, act)
+    return dx, dr, x.new_empty((4 if kind == "norm" else 2, x.shape[1]), dtype=torch.float32)
 
 
-@triton.jit
-def _sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    r_ptr, r_weight_ptr, r_bias_ptr, r_mean_ptr, r_var_ptr,
-    mask_ptr, dx_ptr, dr_ptr, partials_ptr,
-    m, c, programs, eps, r_eps,
-    ACT: tl.constexpr, RESIDUAL: tl.constexpr, HAS_MASK: tl.constexpr,
-    WRITE_DX: tl.constexpr, WRITE_DR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    program, rows, cols = tile_position(c, BLOCK_M, BLOCK_C)
-    mean, s, b = _channels(weight_ptr, bias_ptr, mean_ptr, var_ptr, cols, c, eps)
-    r_mean, r_s, r_b = _channels(
-        r_weight_ptr, r_bias_ptr, r_mean_ptr, r_var_ptr, cols, c, r_eps
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.act, ctx.training, ctx.eps, ctx.r_eps = inputs
+    ctx.kind = kind_of(tensors[5], tensors[6])
+    if ctx.kind == "add" and ctx.act in MASK_ACTS:
+        tensors[5] = None
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate(ctx, dy, _):
+    tensors = ctx.saved_tensors
+    dx, dr, dparams = _backward_op(
+        dy, *tensors, ctx.kind, ctx.act, ctx.training, ctx.eps, ctx.r_eps
     )
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    offsets = rows * c + cols
-    s1 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    s2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    r_s2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-    for k in range(tl.cdiv(tl.cdiv(m, BLOCK_M) - program, programs)):
-        tile = program + k * programs
-        first = tile.to(tl.int64) * BLOCK_M * c
-        inside = (rows < m - tile * BLOCK_M) & (cols < c)
-        dy = _load(dy_ptr + first, offsets, inside)
-        x = _load(x_ptr + first, offsets, inside)
-        if HAS_MASK:
-            at, kept = _mask_position(tile, rows, m, c, BLOCK_M, BLOCK_C)
-            bits = tl.load(mask_ptr + at, mask=kept, other=0).to(tl.int32)[:, :, None]
-            bits = (bits >> tl.arange(0, 8)[None, None, :]) & 1
-            z = tl.where(tl.reshape(bits, (BLOCK_M, BLOCK_C)) == 1, 1.0, -1.0)
-            dz = dy * activate_grad(z, ACT)
-        else:
-            r = _load(r_ptr + first, offsets, inside) if RESIDUAL != "none" else x
-            z = _preactivation(x, mean, s, b, r, r_mean, r_s, r_b, RESIDUAL, DTYPE)
-            dz = dy * activate_grad(z, ACT)
-            if RESIDUAL == "norm":
-                r_s2 += dz * (r - r_mean)
-                if WRITE_DR:
-                    tl.store(dr_ptr + first + offsets, rounded(dz * r_s, DTYPE), mask=inside)
-        if RESIDUAL == "add":
-            if WRITE_DR:
-                # the sums and the second pass use the same, rounded dz
-                stored = rounded(dz, DTYPE)
-                tl.store(dr_ptr + first + offsets, stored, mask=inside)
-                dz = stored.to(tl.float32)
-        s1 += dz
-        s2 += dz * (x - mean)
-        if WRITE_DX:
-            tl.store(dx_ptr + first + offsets, rounded(dz * s, DTYPE), mask=inside)
-    cols = tl.sum(tl.where(rows == 0, cols, 0), axis=0)
-    at = partials_ptr + program * c + cols
-    tl.store(at, tl.sum(s1, axis=0), mask=cols < c)
-    tl.store(at + programs * c, tl.sum(s2, axis=0), mask=cols < c)
-    if RESIDUAL == "norm":
-        tl.store(at + 2 * programs * c, tl.sum(r_s2, axis=0), mask=cols < c)
+    weight, r_weight = tensors[1], tensors[6]
+    dweight, dbias = dparams[:2].to(weight.dtype)
+    r_dweight, r_dbias = (None, None) if r_weight is None else dparams[2:].to(r_weight.dtype)
+    if ctx.kind == "none":
+        dr = None
+    elif ctx.kind == "add" and ctx.act == "identity":
+        dr = dy
+    return dx, dweight, dbias, None, None, dr, r_dweight, r_dbias, *(None,) * 6
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    *,
+    residual: torch.Tensor | None = None,
+    residual_norm: Norm | None = None,
+    act: str = "relu",
+    training: bool = True,
+    eps: float = 1e-5,
+    stats: Stats | None = None,
+    residual_stats: Stats | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """act(BatchNorm(x) [+ residual | + BatchNorm(residual)]) for x [N, C, H, W] in float32, bf16
+    or fp16 and [C] parameters in float32 or the dtype of x.
+
+    residual: [N, C, H, W] of x's dtype. residual_norm: (weight, bias, running_mean, running_var,
+        eps): the residual is a downsample convolution's raw output, normalised here.
+    stats, residual_stats: float32 (mean, biased variance) of x and of the residual where the
+        convolution delivered them; only used in training.
+    Returns (y, mean, var), with residual_norm (y, mean, var, r_mean, r_var): y channels-last, the
+    batch statistics float32 [C] (zeros for an empty batch), or None when not training. Running
+    statistics are only read, and in training not even that: updating them is the caller's.
+
+    Raises ValueError for an unknown `act`, for a tensor of another shape, dtype or device, when
+    training on a single value per channel, and when running statistics are missing.
+    """
+    norms = [("", weight, bias, running_mean, running_var, stats)]
+    if residual_norm is not None:
+        check(residual is not None, lambda: "residual_norm needs a residual")
+        *r_norm, r_eps = residual_norm
+        norms.append(("residual ", *r_norm, residual_stats))
+    _check_inputs(x, residual, act, training)
+    for name, *tensors, delivered in norms:
+        _check_norm(name, x, *tensors, delivered, training)
+
+    if not training:
+        found = [(running_mean, running_var) for *_, running_mean, running_var, _ in norms]
+    elif all(delivered is not None for *_, delivered in norms):
+        found = [delivered for *_, delivered in norms]
+    else:
+        second = residual.detach() if residual_norm is not None else None
+        measured = batch_statistics(x.detach(), second).unbind(1)
+        found = [norm[-1] or tuple(pair) for norm, pair in zip(norms, measured, strict=True)]
+    r_args, r_eps = ((*r_norm[:2], *found[1]), r_eps) if residual_norm else ((None,) * 4, eps)
+    y, _ = _op(x, weight, bias, *found[0], residual, *r_args, act, training, eps, r_eps)
+    if not training:
+        return y, *(None, None) * len(norms)
+    return y, *(tensor for pair in found for tensor in pair)
+
+
+def _check_inputs(x: torch.Tensor, residual: torch.Tensor | None, act: str, training: bool) -> None:
+    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
+    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
+    check(
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        lambda: f"x must be float32, bfloat16 or float16, not {x.dtype}",
+    )
+    check(
+        not training or x.shape[0] * x.shape[2] * x.shape[3] != 1,
+        lambda: f"training needs more than one value per channel, x is {tuple(x.shape)}",
+    )
+    if residual is not None:
+        check(
+            (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device),
+            lambda: f"residual {_describe(residual)} must be like x {_describe(x)}",
+        )
+
+
+def _check_norm(name, x, weight, bias, running_mean, running_var, delivered, training) -> None:
+    tensors = {"weight": weight, "bias": bias}
+    if not training:
+        tensors |= {"running_mean": running_mean, "running_var": running_var}
+    elif delivered is not None:
+        tensors |= {"mean": delivered[0], "var": delivered[1]}
+    for label, t in tensors.items():
+        check(t is not None, lambda label=label: f"{name}{label} is missing")
+        check(
+            t.shape == x.shape[1:2]
+            and t.dtype in (torch.float32, x.dtype)
+            and t.device == x.device,
+            lambda label=label, t=t: (
+                f"{name}{label} {_describe(t)} must be [{x.shape[1]}] in "
+                f"float32 or {x.dtype} on {x.device}"
+            ),
+        )
+
+
+def _describe(x: torch.Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def _make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Inputs:
+    def draw(*size):
+        return torch.randn(size, generator=generator, device=generator.device)
+
+    c = shape[1]
+    return {
+        "x": nhwc((2 * draw(*shape) + 0.5).to(device, dtype)).requires_grad_(),
+        "weight": (1 + 0.2 * draw(c)).to(device).requires_grad_(),
+        "bias": (0.2 * draw(c)).to(device).requires_grad_(),
+        "running_mean": (0.5 + 0.1 * draw(c)).to(device),
+        "running_var": (4 * (1 + 0.1 * draw(c)).abs()).to(device),
+        "residual": nhwc(draw(*shape).to(device, dtype)).requires_grad_(),
+    }
+
+
+def _launch(x, weight, bias, running_mean, running_var, residual) -> None:
+    norm = (weight, bias, running_mean, running_var)
+    statistics(x)
+    statistics(x, residual)
+    for r, r_norm in ((None, None), (residual, None), (residual, norm)):
+        y, mask = forward(x, norm, r, r_norm, "relu", 1e-5, 1e-5)
+        kind = kind_of(r, r_norm)
+        for training in (True, False):
+            backward(y, x, norm, r, r_norm, mask, kind, "relu", training, 1e-5, 1e-5)
+
+
+def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
+    # training, with a residual to add, statistics from this room
+    n = float(torch.Size(shape).numel())
+    return {
+        "forward": Cost(9 * n, 4 * n * itemsize + n / 8),
+        "backward": Cost(10 * n, 6 * n * itemsize + n / 8),
+    }
+
+
+SPEC = KernelSpec("bn_act", reference, bn_act, _make_inputs, _launch, _cost, STAGES)

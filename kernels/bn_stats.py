@@ -58,12 +58,11 @@ def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @triton.jit
 def tile_position(c, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's index down the rows, and rows [BLOCK_M, 1], columns [1, BLOCK_C]: tiles
-    side by side come first, so that what runs together reads whole rows."""
+    """This program's index down the rows, its rows within a tile [BLOCK_M, 1] and its channels
+    [BLOCK_C]. Tiles side by side come first, so that what runs together reads whole rows."""
     columns = tl.cdiv(c, BLOCK_C)
-    rows = tl.arange(0, BLOCK_M)[:, None]
-    cols = (tl.program_id(0) % columns) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    return tl.program_id(0) // columns, rows, cols
+    channels = (tl.program_id(0) % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.program_id(0) // columns, tl.arange(0, BLOCK_M)[:, None], channels
 
 
 @triton.jit
@@ -71,13 +70,16 @@ def combine(n, mean, m2):
     """Chan's formula over axis 0: n [G, 1] counts, mean and M2 [G, C] -> n [1], mean, M2 [C]."""
     total = tl.sum(n, axis=0)
     middle = tl.sum(n * mean, axis=0) / tl.maximum(total, 1.0)
+    # far from zero the sum above has lost digits; about itself it has not
+    middle += tl.sum(n * (mean - middle[None, :]), axis=0) / tl.maximum(total, 1.0)
     away = mean - middle[None, :]
     return total, middle, tl.sum(m2 + n * away * away, axis=0)
 
 
 @triton.jit
 def _moments(x_ptr, m, c, programs, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    program, rows, cols = tile_position(c, BLOCK_M, BLOCK_C)
+    program, rows, channels = tile_position(c, BLOCK_M, BLOCK_C)
+    cols = channels[None, :]
     tiles = tl.cdiv(m, BLOCK_M)
     mine = tl.cdiv(tiles - program, programs)
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -118,15 +120,12 @@ def _stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    column = (tl.program_id(0) % tl.cdiv(c, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)
-    program = tl.program_id(0) // tl.cdiv(c, BLOCK_C)
+    program, _, column = tile_position(c, BLOCK_M, BLOCK_C)
     mean, m2 = _moments(x_ptr, m, c, programs, BLOCK_M, BLOCK_C)
     if HAS_R:
         width = 2 * c
         r_mean, r_m2 = _moments(r_ptr, m, c, programs, BLOCK_M, BLOCK_C)
-        store_partial(
-            partials_ptr, r_mean, r_m2, program, programs, column + c, width, column < c
-        )
+        store_partial(partials_ptr, r_mean, r_m2, program, programs, column + c, width, column < c)
     else:
         width = c
     store_partial(partials_ptr, mean, m2, program, programs, column, width, column < c)

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import ACTS, REFERENCE, activate
+from kernels.bn_stats import merge, store_partial
 from kernels.launch import (
     capability,
     check,
@@ -60,8 +61,8 @@ class Tile:
 
 
 # Largest first; a launch takes the first that gives every multiprocessor a program.
-WIDE = (  # more than 64 filters, sm_80 / 90 / 100: up to 164 KB of shared memory
-    Tile(256, 128, 64, 8, 3),
+# more than 64 filters, sm_80 / 90 / 100: up to 164 KB of shared memory; 256x128 spills
+WIDE = (
     Tile(128, 128, 64, 8, 4),
     Tile(128, 64, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
@@ -82,6 +83,8 @@ def reference_stats(
     """conv(x) in plain PyTorch, and mean and biased variance per filter of what it rounded to."""
     y = F.conv2d(x, weight, stride=stride, padding=padding)
     wide = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+    if wide.shape[0] == 0:
+        return y, *wide.new_zeros((2, y.shape[1]))
     var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     return y, mean, var
 
@@ -104,139 +107,11 @@ def reference(
 
 
 @triton.jit
-def _convolve(
-    x_ptr,
-    w_ptr,
-    rows,
-    first_row,
-    first_filter,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    PIXEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """float32 [BLOCK_M, BLOCK_N] of the product; PIXEL elements of x lie between two columns."""
-    # past the end the last row and filter are computed again: no mask in the loop, none stored
-    m = tl.minimum(first_row + tl.arange(0, BLOCK_M), rows - 1)
-    k = tl.minimum(first_filter + tl.arange(0, BLOCK_N), K - 1)
-    c = tl.arange(0, BLOCK_K)
-    h = m // Q % P * STRIDE - PAD_H
-    w = m % Q * STRIDE - PAD_W
-    n = (m // (P * Q)).to(tl.int64)
-    x_ptrs = x_ptr + (((n * H + h) * W + w) * PIXEL)[:, None] + c[None, :]
-    w_ptrs = w_ptr + k[None, :] * (R * S * C) + c[:, None]
-    STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # of one filter tap
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(R * S * STEPS):
-        tap = step // STEPS
-        first_c = step % STEPS * BLOCK_K
-        r = tap // S
-        s = tap % S
-        inside = tl.full((BLOCK_M, 1), 1, tl.int1)
-        channel = tl.full((BLOCK_K, 1), 1, tl.int1)
-        if PAD_H > 0:
-            inside = inside & ((h + r >= 0) & (h + r < H))[:, None]
-        if PAD_W > 0:
-            inside = inside & ((w + s >= 0) & (w + s < W))[:, None]
-        if C % BLOCK_K > 0:
-            channel = (c < C - first_c)[:, None]
-            inside = inside & (c < C - first_c)[None, :]
-        a = tl.load(x_ptrs + ((r * W + s) * PIXEL + first_c), mask=inside, other=0.0)
-        b = tl.load(w_ptrs + (tap * C + first_c), mask=channel, other=0.0)
-        acc = dot(a, b, acc)
-    return acc
-
-
-@triton.jit
-def _stats_kernel(
+def _conv_kernel(
     x_ptr,
     w_ptr,
     y_ptr,
-    mean_ptr,
-    m2_ptr,
-    rows,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    PIXEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # filters run fastest: the programs that read one stretch of x run together, W stays in L2
-    first_row = tl.program_id(0) // tl.cdiv(K, BLOCK_N) * BLOCK_M
-    first_filter = tl.program_id(0) % tl.cdiv(K, BLOCK_N) * BLOCK_N
-    acc = _convolve(
-        x_ptr, w_ptr, rows, first_row, first_filter, H, W, C, K, P, Q, R, S,
-        STRIDE, PAD_H, PAD_W, PIXEL, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    y = rounded(acc, y_ptr.dtype.element_ty)
-    m = first_row + tl.arange(0, BLOCK_M)
-    k = first_filter + tl.arange(0, BLOCK_N)
-    offsets = m.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(y_ptr + offsets, y, mask=(m < rows)[:, None] & (k < K)[None, :])
-
-    count = tl.minimum(rows - first_row, BLOCK_M).to(tl.float32)
-    y = tl.where((m < rows)[:, None], y.to(tl.float32), 0.0)
-    mean = tl.sum(y, 0) / count
-    away = tl.where((m < rows)[:, None], y - mean[None, :], 0.0)
-    # [K, tiles]: one filter's tiles lie together for the merge
-    tile = k * tl.cdiv(rows, BLOCK_M) + first_row // BLOCK_M
-    tl.store(mean_ptr + tile, mean, mask=k < K)
-    tl.store(m2_ptr + tile, tl.sum(away * away, 0), mask=k < K)
-
-
-@triton.jit
-def _merge_kernel(
-    means_ptr, m2s_ptr, mean_ptr, var_ptr, rows, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Mean and variance of one filter from its tiles of ROWS rows (the last has what is left)."""
-    k = tl.program_id(0)
-    tiles = tl.cdiv(rows, ROWS)
-    count, mean, m2 = 0.0, 0.0, 0.0
-    for first in range(0, tiles, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        counts = tl.maximum(tl.minimum(rows - i * ROWS, ROWS), 0).to(tl.float32)
-        means = tl.load(means_ptr + k * tiles + i, mask=i < tiles, other=0.0)
-        m2s = tl.load(m2s_ptr + k * tiles + i, mask=i < tiles, other=0.0)
-        # about the first tile's mean, so that a mean far above the deviation costs no digits
-        pivot = tl.load(means_ptr + k * tiles + first)
-        block_count = tl.sum(counts, 0)
-        block_mean = pivot + tl.sum(counts * (means - pivot), 0) / block_count
-        away = means - block_mean
-        total = count + block_count
-        delta = block_mean - mean
-        m2 += tl.sum(m2s + counts * away * away, 0) + delta * delta * count * block_count / total
-        mean += delta * block_count / total
-        count = total
-    tl.store(mean_ptr + k, mean)
-    tl.store(var_ptr + k, m2 / count)
-
-
-@triton.jit
-def _affine_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
+    partials_ptr,
     scale_ptr,
     shift_ptr,
     residual_ptr,
@@ -252,29 +127,63 @@ def _affine_kernel(
     STRIDE: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
-    PIXEL: tl.constexpr,
+    PIXEL: tl.constexpr,  # elements of x between two columns
+    STATS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
 ):
-    first_row = tl.program_id(0) // tl.cdiv(K, BLOCK_N) * BLOCK_M
-    first_filter = tl.program_id(0) % tl.cdiv(K, BLOCK_N) * BLOCK_N
-    acc = _convolve(
-        x_ptr, w_ptr, rows, first_row, first_filter, H, W, C, K, P, Q, R, S,
-        STRIDE, PAD_H, PAD_W, PIXEL, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    m = first_row + tl.arange(0, BLOCK_M)
-    k = first_filter + tl.arange(0, BLOCK_N)
+    # filters run fastest: the programs that read one stretch of x run together, W stays in L2
+    tile = tl.program_id(0) // tl.cdiv(K, BLOCK_N)
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.program_id(0) % tl.cdiv(K, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, BLOCK_K)
+    # past the end the last row and filter are computed again: no mask for it in the loop
+    pixel = tl.minimum(m, rows - 1)
+    n = (pixel // (P * Q)).to(tl.int64)
+    h = pixel // Q % P * STRIDE - PAD_H
+    w = pixel % Q * STRIDE - PAD_W
+    x_ptrs = x_ptr + (((n * H + h) * W + w) * PIXEL)[:, None] + c[None, :]
+    w_ptrs = w_ptr + tl.minimum(k, K - 1)[None, :] * (R * S * C) + c[:, None]
+    STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # of one filter tap
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(R * S * STEPS):
+        tap = step // STEPS
+        first_c = step % STEPS * BLOCK_K
+        r = tap // S
+        s = tap % S
+        x_inside = tl.full((BLOCK_M, 1), 1, tl.int1)
+        w_inside = tl.full((BLOCK_K, 1), 1, tl.int1)
+        if PAD_H > 0:
+            x_inside = x_inside & ((h + r >= 0) & (h + r < H))[:, None]
+        if PAD_W > 0:
+            x_inside = x_inside & ((w + s >= 0) & (w + s < W))[:, None]
+        if C % BLOCK_K > 0:
+            x_inside = x_inside & (c < C - first_c)[None, :]
+            w_inside = (c < C - first_c)[:, None]
+        x = tl.load(x_ptrs + ((r * W + s) * PIXEL + first_c), mask=x_inside, other=0.0)
+        weight = tl.load(w_ptrs + (tap * C + first_c), mask=w_inside, other=0.0)
+        acc = dot(x, weight, acc)
+
     offsets = m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < rows)[:, None] & (k < K)[None, :]
-    scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
-    shift = tl.load(shift_ptr + k, mask=k < K, other=0.0)
-    z = acc * scale[None, :] + shift[None, :]
-    if HAS_RESIDUAL:
-        z += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, rounded(activate(z, ACT), y_ptr.dtype.element_ty), mask=inside)
+    if STATS:
+        y = rounded(acc, y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y, mask=inside)
+        y = tl.where((m < rows)[:, None], y.to(tl.float32), 0.0)
+        mean = tl.sum(y, axis=0) / tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
+        away = tl.where((m < rows)[:, None], y - mean[None, :], 0.0)
+        m2 = tl.sum(away * away, axis=0)
+        store_partial(partials_ptr, mean, m2, tile, tl.cdiv(rows, BLOCK_M), k, K, k < K)
+    else:
+        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
+        shift = tl.load(shift_ptr + k, mask=k < K, other=0.0)
+        z = acc * scale[None, :] + shift[None, :]
+        if HAS_RESIDUAL:
+            z += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, rounded(activate(z, ACT), y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -321,49 +230,52 @@ def _pack(x: torch.Tensor, columns: int, padding: int) -> torch.Tensor:
     return packed
 
 
-def _plan(
-    x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int, tile: Tile | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Tile, dict[str, int]]:
-    """x and weight as the kernels read them, empty y, the tile, and the kernels' constants."""
+def _convolve(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    stride: int,
+    padding: int,
+    tile: Tile,
+    epilogue: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    **flags: bool | str,
+) -> None:
+    """Launch the product; epilogue = (partials, scale, shift, residual), y for those not used."""
     x, weight = nhwc(x), nhwc(weight)
-    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    p, q = conv_out(h, r, stride, padding), conv_out(w, s, stride, padding)
-    y = empty_nhwc(n, k, p, q, like=x)
-    tile = tile or _choose(x, k, n * p * q)
+    (_, c, h, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
     pad_w, pixel = padding, c
-    if n and c <= IMAGE_CHANNELS:
-        run_of = s + -s % 4  # columns a filter row takes: their channels fill 16-byte loads
-        w = (q - 1) * stride + run_of
+    if c <= IMAGE_CHANNELS:
+        taps = s + -s % 4  # columns a filter row takes: their channels fill 16-byte loads
+        w = (q - 1) * stride + taps
         w += w % 2  # rows start at 16 bytes
-        x, weight = _pack(x, w, padding), _pack(weight, run_of, 0)
-        c, s, pad_w, pixel = run_of * IMAGE_CHANNELS, 1, 0, IMAGE_CHANNELS
-    constants = {
-        "H": h, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s,
-        "STRIDE": stride, "PAD_H": padding, "PAD_W": pad_w, "PIXEL": pixel,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        # a power of two that divides C where there is one from 16 up: no masked channels
-        "BLOCK_K": min(tile.block_k, max(16, c & -c)),
-        "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    return x, weight, y, tile, constants
+        x, weight = _pack(x, w, padding), _pack(weight, taps, 0)
+        c, s, pad_w, pixel = taps * IMAGE_CHANNELS, 1, 0, IMAGE_CHANNELS
+    sizes = {"H": h, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s}
+    steps = {"STRIDE": stride, "PAD_H": padding, "PAD_W": pad_w, "PIXEL": pixel}
+    # a power of two that divides C where there is one from 16 up: no masked channels
+    block_k = min(tile.block_k, max(16, c & -c))
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    args = (x, weight, y, *epilogue, n * p * q)
+    grid = (_programs(tile, n * p * q, k),)
+    run(_conv_kernel, grid, *args, **sizes, **steps, **flags, **blocks, **options)
 
 
 def forward_stats(
     x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int, tile: Tile | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch y = conv(x) and the merge of its statistics; returns y, mean [K], var [K]."""
-    x, weight, y, tile, constants = _plan(x, weight, stride, padding, tile)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch y = conv(x) and the merge of its statistics; returns y and float32 [2, K]: means,
+    then biased variances (zeros for an empty batch)."""
+    y = _empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
     if not rows:
-        return y, *(torch.full((k,), float("nan"), device=x.device) for _ in range(2))
+        return y, torch.zeros((2, k), dtype=torch.float32, device=x.device)
+    tile = tile or _choose(x, k, rows)
     tiles = triton.cdiv(rows, tile.block_m)
-    means, m2s = torch.empty((2, k, tiles), device=x.device)
-    mean, var = (torch.empty(k, device=x.device) for _ in range(2))
-    grid = (_programs(tile, rows, k),)
-    run(_stats_kernel, grid, x, weight, y, means, m2s, rows, **constants)
-    block = min(triton.next_power_of_2(tiles), 4096)
-    run(_merge_kernel, (k,), means, m2s, mean, var, rows, ROWS=tile.block_m, BLOCK=block)
-    return y, mean, var
+    partials = torch.empty((2, tiles, k), dtype=torch.float32, device=x.device)
+    flags = {"STATS": True, "HAS_RESIDUAL": False, "ACT": "identity"}
+    _convolve(x, weight, y, stride, padding, tile, (partials, y, y, y), **flags)
+    return y, merge(partials, rows, tile.block_m)
 
 
 def forward(
@@ -378,48 +290,45 @@ def forward(
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """Launch y = act(conv(x)*scale + shift + residual)."""
-    x, weight, y, tile, constants = _plan(x, weight, stride, padding, tile)
+    y = _empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
     if rows:
-        has_residual = residual is not None
-        addend = nhwc(residual) if has_residual else y
-        args = (x, weight, y, scale.contiguous(), shift.contiguous(), addend, rows)
-        grid = (_programs(tile, rows, k),)
-        run(_affine_kernel, grid, *args, **constants, ACT=act, HAS_RESIDUAL=has_residual)
+        addend = y if residual is None else nhwc(residual)
+        epilogue = (y, scale.contiguous(), shift.contiguous(), addend)
+        flags = {"STATS": False, "HAS_RESIDUAL": residual is not None, "ACT": act}
+        _convolve(x, weight, y, stride, padding, tile or _choose(x, k, rows), epilogue, **flags)
     return y
+
+
+def _empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+    (n, _, h, w), (k, _, r, s) = x.shape, weight.shape
+    p, q = conv_out(h, r, stride, padding), conv_out(w, s, stride, padding)
+    return empty_nhwc(n, k, p, q, like=x)
 
 
 @torch.library.custom_op("lapis::conv_stats", mutates_args=())
 def _stats_op(
     x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_triton(x):
         return forward_stats(x, weight, stride, padding)
     y, mean, var = reference_stats(x, weight, stride, padding)
-    return nhwc(y), mean, var
-
-
-def _empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
-    n, _, h, w = x.shape
-    k, _, r, s = weight.shape
-    return empty_nhwc(
-        n, k, conv_out(h, r, stride, padding), conv_out(w, s, stride, padding), like=x
-    )
+    return nhwc(y), torch.stack((mean, var))
 
 
 @_stats_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int):
     y = _empty_output(x, weight, stride, padding)
-    return y, *(x.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+    return y, x.new_empty((2, y.shape[1]), dtype=torch.float32)
 
 
 def _save_stats(ctx, inputs, output) -> None:
     x, weight, ctx.stride, ctx.padding = inputs
     ctx.save_for_backward(x, weight)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate_stats(ctx, dy, _dmean, _dvar):
+def _differentiate_stats(ctx, dy, _):
     x, weight = ctx.saved_tensors
     steps, pads, mask = [ctx.stride] * 2, [ctx.padding] * 2, [*ctx.needs_input_grad[:2], False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
@@ -469,12 +378,13 @@ def conv_stats(
     autocast's where it is on).
 
     Returns y [N, K, P, Q] channels-last in that dtype, differentiable in x and weight, and the
-    mean and biased variance per filter of the rounded y: float32 [K], without gradients, NaN for
-    an empty batch as torch.var_mean. Raises ValueError on shapes, dtypes and devices the kernels do
+    mean and biased variance per filter of the rounded y: float32 [K], without gradients, zeros
+    for an empty batch. Raises ValueError on shapes, dtypes and devices the kernels do
     not take: C neither a multiple of 8 nor up to 4, K no multiple of 8, groups, float64.
     """
     x, weight = _prepared(x, weight, stride, padding)
-    return _stats_op(x, weight, stride, padding)
+    y, statistics = _stats_op(x, weight, stride, padding)
+    return y, statistics[0], statistics[1]
 
 
 def conv_bn_act(

@@ -5,6 +5,7 @@ through.
 it, so ahead-of-time compilation and the counting of launches see exactly what a GPU would be given.
 """
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -28,6 +29,19 @@ else:
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" and not TRITON_MISSING
 OLDEST_CAPABILITY = (8, 0)  # cp.async and bf16 matrix instructions; older GPUs spill
+
+if INTERPRET:
+    # numpy 2.4 makes no Python number of a one-element array, which the 3.6 interpreter asks for
+    # in every `range` over a tensor
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: scalar.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
 @dataclass(frozen=True)
@@ -112,7 +126,7 @@ def why_not_triton(device: torch.device | None = None) -> str | None:
 def _why_no_cuda() -> str:
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    driver = torch._C._cuda_getDriverVersion()  # 13000 for CUDA 13.0; 0 without a driver
+    driver = _driver_supports()
     needed = int(torch.version.cuda.split(".")[0])
     if 0 < driver // 1000 < needed:
         return (
@@ -120,6 +134,17 @@ def _why_no_cuda() -> str:
             f"too old for this torch (CUDA {torch.version.cuda})"
         )
     return "no CUDA device"
+
+
+def _driver_supports() -> int:
+    """The newest CUDA the GPU driver runs, as 13000 for 13.0; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    version = ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

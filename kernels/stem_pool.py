@@ -1,8 +1,8 @@
 """bn_act_pool: BatchNorm, activation and the stem's 3x3, stride 2, padding 1 max-pool in one pass.
 
-    forward    y[p, q] = max of act(s*x + t) over the 3x3 window centred on x[2p, 2q]
-               s = weight*inv, t = bias - mean*s, inv = rsqrt(var + eps)
-    backward   dz = act'(s*x + t) * (sum of dy over the windows whose maximum x is)
+    forward    z = (x - mean)*s + bias, s = weight*inv, inv = rsqrt(var + eps)
+               y[p, q] = max of act(z) over the 3x3 window centred on x[2p, 2q]
+    backward   dz = act'(z) * (sum of dy over the windows whose maximum x is)
                S1 = sum dz, S2 = sum dz*(x - mean); dbias = S1, dweight = inv*S2
                dx = A*dz + B*(x - mean) + C in training, s*dz with frozen statistics
                A = s, B = -s*inv^2*S2/m, C = -s*S1/m, m = N*H*W
@@ -18,14 +18,15 @@ Traffic, in tensors of N*H*W*C elements of 2 bytes (eager channels-last in brack
 batch statistics, where the convolution has not delivered them, read x once more.
 
 Layout: x [N, C, H, W] channels-last (copied once if not), y [N, C, (H+1)//2, (W+1)//2]. Rounding is
-eager's: s*x + t and then act of it are rounded to the storage type before they are compared. The
-first maximum in row-major order wins, a NaN always does. Where Triton cannot run: `reference`.
+eager's: z and then act(z) are rounded to the storage type before they are compared. The
+first maximum in row-major order wins, a NaN always does (relu: the first maximum of z, which is
+the same one wherever the gradient is not zero). Where Triton cannot run: `reference`.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, REFERENCE, activate, activate_grad
+from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
 from kernels.bn_stats import Tile, batch_statistics
 from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
@@ -67,18 +68,24 @@ def reference(
 
 @triton.jit
 def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, inside, eps):
-    """s and t [BLOCK_C] of act(s*x + t): written once, so that every pass sees the same bits."""
+    """mean, s and bias [1, BLOCK_C] of (x - mean)*s + bias."""
     mean = tl.load(mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
     var = tl.load(var_ptr + c, mask=inside, other=1.0).to(tl.float32)
     weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    s = weight * tl.rsqrt(var + eps)
-    return s, tl.fma(-mean, s, bias)
+    return mean[None, :], (weight * tl.rsqrt(var + eps))[None, :], bias[None, :]
 
 
 @triton.jit
-def _row_maximum(x_ptr, row, column, inside, s, t, W, C, ACT: tl.constexpr):
-    """First maximum of act(s*x + t) over columns column..column+2 of a row of x: value, x, place.
+def _preactivation(x, mean, s, bias, DTYPE: tl.constexpr):
+    """BatchNorm of x, rounded as eager's; an explicit fma, so that every pass sees the same bits
+    (and x - mean first: s*x + (bias - mean*s) cancels)."""
+    return rounded(tl.fma(x - mean, s, bias), DTYPE).to(tl.float32)
+
+
+@triton.jit
+def _row_maximum(x_ptr, row, column, inside, mean, s, b, W, C, ACT: tl.constexpr):
+    """First maximum of act(z) over columns column..column+2 of a row of x: value, x, place.
 
     row [BLOCK_M] offset of the row, column [BLOCK_M] >= -1, inside [BLOCK_M, BLOCK_C].
     """
@@ -87,8 +94,9 @@ def _row_maximum(x_ptr, row, column, inside, s, t, W, C, ACT: tl.constexpr):
         w = column + j
         ok = inside & ((w >= 0) & (w < W))[:, None]
         x = tl.load(x_ptr + (row + w * C)[:, None], mask=ok, other=0.0).to(tl.float32)
-        z = rounded(tl.fma(x, s[None, :], t[None, :]), dtype).to(tl.float32)
-        z = rounded(activate(z, ACT), dtype).to(tl.float32)
+        z = _preactivation(x, mean, s, b, dtype)
+        if ACT != "relu":  # relu's is taken of the winner: it keeps order and rounding
+            z = rounded(activate(z, ACT), dtype).to(tl.float32)
         if j == 0:
             best, x_best, place = z, x, tl.zeros(x.shape, tl.int32)
         else:
@@ -114,20 +122,20 @@ def _forward_kernel(
     n = (m // Q).to(tl.int64)
     q = m % Q
     inside = (m < N * Q)[:, None] & (c < C)[None, :]
-    s, t = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
+    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
     x_ptr += c[None, :]
     column = 2 * q - 1
 
     row = (n * H + 2 * first - 1) * W * C
     ok = inside & (first > 0)
-    top, x_top, j_top = _row_maximum(x_ptr, row, column, ok, s, t, W, C, ACT)
+    top, x_top, j_top = _row_maximum(x_ptr, row, column, ok, mean, s, b, W, C, ACT)
     for k in tl.static_range(ROWS):
         p = first + k
         row = (n * H + 2 * p) * W * C
         ok = inside & (p < P)
-        mid, x_mid, j_mid = _row_maximum(x_ptr, row, column, ok, s, t, W, C, ACT)
+        mid, x_mid, j_mid = _row_maximum(x_ptr, row, column, ok, mean, s, b, W, C, ACT)
         below = ok & (2 * p + 1 < H)
-        end, x_end, j_end = _row_maximum(x_ptr, row + W * C, column, below, s, t, W, C, ACT)
+        end, x_end, j_end = _row_maximum(x_ptr, row + W * C, column, below, mean, s, b, W, C, ACT)
 
         wins = (mid > top) | (mid != mid) | (p == 0)  # there is no row -1
         best = tl.where(wins, mid, top)
@@ -139,7 +147,8 @@ def _forward_kernel(
         place = tl.where(wins, 6 + j_end, place)
 
         out = (((n * P + p) * Q + q) * C)[:, None] + c[None, :]
-        tl.store(y_ptr + out, best.to(y_ptr.dtype.element_ty), mask=ok)  # exact: rounded before
+        y = activate(best, "relu") if ACT == "relu" else best
+        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=ok)  # exact: rounded before
         if SAVE:
             tl.store(x_max_ptr + out, x_best.to(x_max_ptr.dtype.element_ty), mask=ok)
             tl.store(index_ptr + out, place.to(tl.uint8), mask=ok)
@@ -148,13 +157,13 @@ def _forward_kernel(
 
 @triton.jit
 def _window_gradient(
-    dy_ptr, x_max_ptr, offsets, inside, s, t, ACT: tl.constexpr, MASKED: tl.constexpr
+    dy_ptr, x_max_ptr, offsets, inside, mean, s, b, ACT: tl.constexpr, MASKED: tl.constexpr
 ):
     """dy of the windows at `offsets` [BLOCK_M, BLOCK_C], times act' at their maximum if MASKED."""
     g = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if MASKED:
         x = tl.load(x_max_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        z = rounded(tl.fma(x, s[None, :], t[None, :]), x_max_ptr.dtype.element_ty).to(tl.float32)
+        z = _preactivation(x, mean, s, b, x_max_ptr.dtype.element_ty)
         g *= activate_grad(z, ACT)
     return g
 
@@ -167,8 +176,7 @@ def _sums_kernel(
 ):  # fmt: skip
     """partial [programs, 2, C]: the sums of dz and of dz*(x - mean) over a slice of the windows."""
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s, t = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
     start = tl.program_id(0) * rows_per_program
     end = tl.minimum(start + rows_per_program, M)
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -177,10 +185,10 @@ def _sums_kernel(
         m = first + tl.arange(0, BLOCK_M)
         inside = (m < end)[:, None] & (c < C)[None, :]
         offsets = m.to(tl.int64)[:, None] * C + c[None, :]
-        dz = _window_gradient(dy_ptr, x_max_ptr, offsets, inside, s, t, ACT, True)
+        dz = _window_gradient(dy_ptr, x_max_ptr, offsets, inside, mean, s, b, ACT, True)
         x = tl.load(x_max_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         sum_dz += dz
-        sum_dz_x += tl.where(inside, dz * (x - mean[None, :]), 0.0)
+        sum_dz_x += tl.where(inside, dz * (x - mean), 0.0)
     partial_ptr += tl.program_id(0) * 2 * C + c
     tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=c < C)
     tl.store(partial_ptr + C, tl.sum(sum_dz_x, 0), mask=c < C)
@@ -208,23 +216,23 @@ def _merge_kernel(
     tl.store(coefficients_ptr + c, s, mask=c < C)
     tl.store(coefficients_ptr + C + c, -s * inv * inv * s2 / pixels, mask=c < C)
     tl.store(coefficients_ptr + 2 * C + c, -s * s1 / pixels, mask=c < C)
-    tl.store(dweight_ptr + c, (inv * s2).to(dweight_ptr.dtype.element_ty), mask=c < C)
-    tl.store(dbias_ptr + c, s1.to(dbias_ptr.dtype.element_ty), mask=c < C)
+    tl.store(dweight_ptr + c, rounded(inv * s2, dweight_ptr.dtype.element_ty), mask=c < C)
+    tl.store(dbias_ptr + c, rounded(s1, dbias_ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
 def _store_dx(
-    dx_ptr, x_ptr, offsets, inside, g, s, t, mean, slope, offset,
+    dx_ptr, x_ptr, offsets, inside, g, mean, s, b, slope, offset,
     ACT: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
     """dx of one pixel of each 2x2 square from g, the sum of its windows' gradients."""
     if TRAINING:
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        z = rounded(tl.fma(x, s[None, :], t[None, :]), x_ptr.dtype.element_ty).to(tl.float32)
+        z = _preactivation(x, mean, s, b, x_ptr.dtype.element_ty)
         g *= activate_grad(z, ACT)
-        dx = s[None, :] * g + (slope[None, :] * (x - mean[None, :]) + offset[None, :])
+        dx = s * g + (slope * (x - mean) + offset)
     else:
-        dx = s[None, :] * g
+        dx = s * g
     tl.store(dx_ptr + offsets, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -239,10 +247,9 @@ def _backward_kernel(
     q = m % Q
     p = m // Q % P
     n = (m // (P * Q)).to(tl.int64)
-    s, t = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
-    mean = tl.load(mean_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    slope = tl.load(coefficients_ptr + C + c, mask=c < C, other=0.0)
-    offset = tl.load(coefficients_ptr + 2 * C + c, mask=c < C, other=0.0)
+    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
+    slope = tl.load(coefficients_ptr + C + c, mask=c < C, other=0.0)[None, :]
+    offset = tl.load(coefficients_ptr + 2 * C + c, mask=c < C, other=0.0)[None, :]
 
     here = (m < M)[:, None] & (c < C)[None, :]
     right = here & (q + 1 < Q)[:, None]
@@ -250,10 +257,10 @@ def _backward_kernel(
     both = right & below
     window = m.to(tl.int64)[:, None] * C + c[None, :]
     masked: tl.constexpr = not TRAINING  # in training x is read anyway and act' is taken there
-    g00 = _window_gradient(dy_ptr, x_max_ptr, window, here, s, t, ACT, masked)
-    g01 = _window_gradient(dy_ptr, x_max_ptr, window + C, right, s, t, ACT, masked)
-    g10 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C, below, s, t, ACT, masked)
-    g11 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C + C, both, s, t, ACT, masked)
+    g00 = _window_gradient(dy_ptr, x_max_ptr, window, here, mean, s, b, ACT, masked)
+    g01 = _window_gradient(dy_ptr, x_max_ptr, window + C, right, mean, s, b, ACT, masked)
+    g10 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C, below, mean, s, b, ACT, masked)
+    g11 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C + C, both, mean, s, b, ACT, masked)
     i00 = tl.load(index_ptr + window, mask=here, other=0)
     i01 = tl.load(index_ptr + window + C, mask=right, other=0)
     i10 = tl.load(index_ptr + window + Q * C, mask=below, other=0)
@@ -263,15 +270,15 @@ def _backward_kernel(
     right = here & (2 * q + 1 < W)[:, None]
     below = here & (2 * p + 1 < H)[:, None]
     g = tl.where(i00 == 4, g00, 0.0)
-    _store_dx(dx_ptr, x_ptr, pixel, here, g, s, t, mean, slope, offset, ACT, TRAINING)
+    _store_dx(dx_ptr, x_ptr, pixel, here, g, mean, s, b, slope, offset, ACT, TRAINING)
     g = tl.where(i00 == 5, g00, 0.0) + tl.where(i01 == 3, g01, 0.0)
-    _store_dx(dx_ptr, x_ptr, pixel + C, right, g, s, t, mean, slope, offset, ACT, TRAINING)
+    _store_dx(dx_ptr, x_ptr, pixel + C, right, g, mean, s, b, slope, offset, ACT, TRAINING)
     pixel += W * C
     g = tl.where(i00 == 7, g00, 0.0) + tl.where(i10 == 1, g10, 0.0)
-    _store_dx(dx_ptr, x_ptr, pixel, below, g, s, t, mean, slope, offset, ACT, TRAINING)
+    _store_dx(dx_ptr, x_ptr, pixel, below, g, mean, s, b, slope, offset, ACT, TRAINING)
     g = tl.where(i00 == 8, g00, 0.0) + tl.where(i01 == 6, g01, 0.0)
     g += tl.where(i10 == 2, g10, 0.0) + tl.where(i11 == 0, g11, 0.0)
-    _store_dx(dx_ptr, x_ptr, pixel + C, right & below, g, s, t, mean, slope, offset, ACT, TRAINING)
+    _store_dx(dx_ptr, x_ptr, pixel + C, right & below, g, mean, s, b, slope, offset, ACT, TRAINING)
 
 
 def forward(
@@ -408,11 +415,22 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if runs_triton(dy):
         return backward(dy, x, x_max, index, weight, bias, mean, var, act, training, eps)
-    with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
-        y, _, _ = reference(*leaves, mean, var, act=act, training=training, eps=eps)
-        dx, dweight, dbias = torch.autograd.grad(y, leaves, dy)
-    return nhwc(dx).clone(), dweight.clone(), dbias.clone()
+    # autograd is out of reach inside an op
+    z = F.batch_norm(x_max, mean, var, weight, bias, False, 0.0, eps)
+    dz = REFERENCE_BACKWARD[act](dy, z).float()
+    flat = _pixels(index, x.shape[3])
+    dz = dz.new_zeros(x.shape).flatten(2).scatter_add(2, flat.flatten(2), dz.flatten(2))
+    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+        nhwc(dz.view(x.shape).to(x.dtype)), nhwc(x), weight, mean, var,
+        mean, torch.rsqrt(var + eps), training, eps, [True] * 3,
+    )  # fmt: skip
+    return nhwc(dx), dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def _pixels(index: torch.Tensor, width: int) -> torch.Tensor:
+    """max_pool2d's flat int64 indices from positions [N, C, P, Q] in the windows."""
+    p, q = (torch.arange(size, device=index.device) for size in index.shape[2:])
+    return (2 * p[:, None] - 1 + index // 3) * width + 2 * q - 1 + index % 3
 
 
 @_backward_op.register_fake
@@ -463,7 +481,7 @@ def bn_act_pool(
     if not training:
         named |= {"running_mean": running_mean, "running_var": running_var}
     elif stats is not None:
-        named |= {"stats[0]": stats[0], "stats[1]": stats[1]}
+        named |= {"mean": stats[0], "var": stats[1]}
     for name, value in named.items():
         _check_channels(name, value, x)
     if training:
@@ -480,12 +498,14 @@ def bn_act_pool(
 
 
 def _check_channels(name: str, value: torch.Tensor | None, x: torch.Tensor) -> None:
-    check(value is not None, lambda: f"{name} must be given when not training")
+    check(value is not None, lambda: f"{name} is missing")
     check(
-        value.shape == (x.shape[1],) and value.is_floating_point() and value.device == x.device,
+        value.shape == x.shape[1:2]
+        and value.dtype in (torch.float32, x.dtype)
+        and value.device == x.device,
         lambda: (
-            f"{name} must be a float [{x.shape[1]}] on {x.device}, not {tuple(value.shape)} "
-            f"{value.dtype} on {value.device}"
+            f"{name} must be a [{x.shape[1]}] in float32 or {x.dtype} on {x.device}, "
+            f"not {tuple(value.shape)} {value.dtype} on {value.device}"
         ),
     )
 

@@ -62,8 +62,8 @@ MODELS = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
     # seconds instead of minutes on a CPU: for tests and for trying things out
-    "micro_plain": partial(ResNet, PlainBlock, (1, 1, 1, 1), (8, 16, 24, 32)),
-    "micro_resnet": partial(ResNet, BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32)),
+    "micro_plain": partial(ResNet, PlainBlock, (1, 1, 1, 1), (16, 32, 48, 64)),
+    "micro_resnet": partial(ResNet, BasicBlock, (1, 1, 1, 1), (16, 32, 48, 64)),
 }
 
 

@@ -4,12 +4,27 @@ The error of a provider against the float32 (or float64) truth may be at most tw
 PyTorch in the provider's own type, plus a little. No speed-up is printed for one that fails.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 OK = "ok"
 SLACK_ERROR = 5e-3  # relative: a lucky yardstick must not fail an ordinary rounding error
 SLACK_COSINE = 0.1
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """float32 convolutions without TF32, and without a search: a reference runs once."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32, cudnn.benchmark = False, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

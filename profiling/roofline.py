@@ -5,7 +5,9 @@ A floor is the time below which no kernel of that cost can go: the larger of byt
 and FLOPs / matrix rate.
 """
 
+import argparse
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,3 +123,16 @@ def roofs_of(folder: Path, device: torch.device) -> Roofs:
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(roofs), indent=1))
     return roofs
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m profiling.roofline", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of roofs.json")
+    out = parser.parse_args(argv).out
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(asdict(roofs_of(out, device))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

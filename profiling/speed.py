@@ -53,6 +53,7 @@ class Runner:
 
     model: nn.Module
     step: timing.Call
+    images: Tensor  # kept here: a captured step reads it at its address
     optimizer: torch.optim.Optimizer | None
     last: dict[str, Tensor]
     dtype: str
@@ -67,7 +68,7 @@ class Runner:
             slot["momentum_buffer"].zero_()
 
     def outputs(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Loss and gradients, or logits, of one step from `state`: of the very step that is timed."""
+        """Loss and gradients, or logits, of one step from `state`: the very step that is timed."""
         self.restore(state)
         self.step()
         found = {name: value.detach().float().clone() for name, value in self.last.items()}
@@ -159,6 +160,7 @@ def _runner(
     return Runner(
         model,
         train if training else infer,
+        images,
         optimizer if training else None,
         last,
         "bfloat16" if amp else "float32",
@@ -221,12 +223,8 @@ PROVIDERS: tuple[Provider, ...] = (
 
 def reference_outputs(job: Job) -> dict[str, Tensor]:
     """Loss and gradients, or logits, in float32 without TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with agree.exact_convolutions():
         return _runner(job, amp=False, channels_last=False).outputs(job.state)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def prepare(provider: Provider, job: Job) -> Runner:
@@ -271,6 +269,7 @@ def measure_job(
                 "mode": job.mode,
                 "batch": job.batch,
                 "image_size": job.image_size,
+                "dtype": "bfloat16",
             }
             try:
                 runner = baseline if provider is BASELINE else prepare(provider, job)

@@ -42,7 +42,9 @@ class Sampler:
 
 def summarise(samples: Sequence[float], method: str) -> Timing:
     """Median and quartiles of at least one sample."""
-    low, _, high = quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    low, _, high = (
+        quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+    )
     return Timing(median(samples), low, high, method, len(samples), tuple(samples))
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from train.errors import DiskError
@@ -14,19 +14,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises `DiskError` naming `path` when the folder is missing, full or not writable.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide a report from others
         os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise unwritable(path, error) from error
 
 
@@ -36,9 +33,3 @@ def unwritable(path: Path, error: OSError) -> DiskError:
     return DiskError(
         f"cannot write {path}: {reason}; free space there, or choose a writable folder with --out"
     )
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -155,7 +155,7 @@ def _run_facts(page: Page, summary: Mapping[str, object]) -> None:
         {
             "Model": summary.get("model"),
             "Parameters": summary.get("parameters"),
-            "of them trained": summary.get("trainable_parameters"),
+            "Trainable parameters": summary.get("trainable_parameters"),
             "Device": summary.get("device"),
             "Backend": f"{backend} ({reason})" if reason else backend,
             "Training speed": None if speed is None else f"{speed:.1f} images/s",

@@ -71,15 +71,15 @@ td { max-width: 34rem; }
 figure { margin: 1.4rem 0; }
 .plot .scroll, .photo .scroll {
   width: fit-content; max-width: 100%; border: 1px solid var(--line); border-radius: 10px;
-  background: var(--card);
+  background: var(--card); padding: .4rem;
 }
 figure img { display: block; max-width: 100%; height: auto; }
 figure.wide img { max-width: none; }
 figcaption { max-width: 70ch; margin-top: .6rem; }
 .plot .scroll { background: #fff; }
 @media (prefers-color-scheme: dark) {
-  /* White paper becomes the card's grey and hues stay: plots need no second rendering. */
-  .plot .scroll { background: var(--card); }
+  /* White paper becomes this grey and hues stay: plots need no second rendering. */
+  .plot .scroll { background: #1f1f1f; }
   .plot img { filter: invert(.88) hue-rotate(180deg); }
 }
 pre {

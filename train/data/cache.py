@@ -213,8 +213,8 @@ def _readable(photos: Photos, failed: dict[str, str], max_bad: float) -> Photos:
     if share > max_bad:
         listed = "; ".join(f"{item.file}: {item.reason}" for item in bad[:5])
         raise DataError(
-            f"{len(bad)} of {len(bad) + len(readable)} photos of {photos.name} cannot be used, more "
-            f"than {max_bad:.0%} ({listed}{'; ...' if len(bad) > 5 else ''}): repair or "
+            f"{len(bad)} of {len(bad) + len(readable)} photos of {photos.name} are bad, more than "
+            f"{max_bad:.0%} ({listed}{'; ...' if len(bad) > 5 else ''}): repair or "
             "remove them, or raise --max-bad."
         )
     counts = np.bincount(result.labels, minlength=len(photos.classes))

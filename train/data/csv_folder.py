@@ -33,6 +33,8 @@ def open_source(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
                 f"{table} gives {file} two labels, {listed[file][0]} in row {listed[file][1]} and "
                 f"{label} in row {row}: keep one."
             )
+    if not listed:
+        raise DataError(f"{table} lists no photos: give it rows of filename,label.")
     chosen = choose_classes((label for label, _ in listed.values()), classes, str(table))
     photos, junk = photo_files(root)
     unlisted = [Excluded(f, "no row in train.csv", bad=False) for f in photos if f not in listed]

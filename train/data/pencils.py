@@ -44,10 +44,12 @@ def _fixed(points) -> np.ndarray:
 
 
 def ellipse(image, centre, axes, angle: float, colour: Colour, width: int = -1) -> None:
-    (x, y), (a, b) = _fixed(centre).tolist(), _fixed(axes).tolist()
-    cv2.ellipse(
-        image, (x, y), (max(a, 1), max(b, 1)), angle, 0, 360, colour, width, cv2.LINE_AA, _SHIFT
-    )
+    # without NumPy: thousands of these are drawn, and its calls cost more than the drawing
+    (x, y), (a, b) = centre, axes
+    unit = 1 << _SHIFT
+    middle = (round(float(x) * unit), round(float(y) * unit))
+    half = (max(round(float(a) * unit), 1), max(round(float(b) * unit), 1))
+    cv2.ellipse(image, middle, half, angle, 0, 360, colour, width, cv2.LINE_AA, _SHIFT)
 
 
 def polygon(image, points, colour: Colour) -> None:

@@ -15,10 +15,12 @@ from tqdm import tqdm
 from train.errors import DataError, UsageError
 
 # What Pillow may open: the formats photos come in. Among the others some start foreign programs.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# (JPEG covers MPO, the pairs some phones write.) Not every build of Pillow knows AVIF.
+Image.init()
+FORMATS = tuple({"JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"} & Image.OPEN.keys())
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif")
-    + (".tiff", ".ppm")
+    f".{ending}"
+    for ending in "jpg jpeg jpe jfif mpo png webp avif gif bmp tif tiff ppm".split()  # noqa: SIM905
 )
 
 # Room for a 108-megapixel phone (about 0.5 GB while it is decoded); anything above is refused from

@@ -12,6 +12,7 @@ shape, arrangement and texture tell the class. A drawing depends on (seed, dish,
 """
 
 import hashlib
+import threading
 from functools import partial
 
 import cv2
@@ -38,6 +39,7 @@ from train.data.photos import Photos, choose_classes
 
 NAME = "synthetic"
 PER_CLASS = 200
+_PEN = threading.Lock()  # drawing is Python code: two threads at it slow each other down
 DRAWING = 1  # raise it when a change alters pixels: cached drawings are then drawn anew
 
 
@@ -63,7 +65,8 @@ def open_source(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
 
 def _load(seed: int, file: str, shorter: int | None = None) -> Image.Image:
     dish, number = file.removesuffix(".png").split("/")
-    return Image.fromarray(draw(seed, dish, int(number)))
+    with _PEN:
+        return Image.fromarray(draw(seed, dish, int(number)))
 
 
 def draw(seed: int, dish: str, number: int) -> np.ndarray:
@@ -192,7 +195,7 @@ def _clutter(rng, image) -> None:
 
 def _plate(rng, image, bowl: bool) -> Plate:
     """Crockery, or a banana leaf for dry food; returns where its food goes."""
-    radius = rng.uniform(66, 108)
+    radius = rng.uniform(76, 110)
     x, y = SIZE / 2 + rng.uniform(-22, 22, 2)
     squash, angle = rng.uniform(0.76, 1.0), rng.uniform(-20, 20)
     light = rng.random() * 2 * np.pi

@@ -1,0 +1,208 @@
+"""The cache: right pixels, decoded once, rebuilt when damaged, nothing half-written left."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.data import cache, load_images, open_photos
+from train.errors import DataError, DiskError
+
+
+def scene(i: int, width: int = 60, height: int = 40) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([x * 3 + i, y * 5, 100 + x + y], -1).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of twelve PNGs, b/11 a copy of b/10."""
+    root = tmp_path / "photos"
+    for label, first in (("a", 0), ("b", 100)):
+        (root / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = scene(first + min(i, 10) if label == "b" else i)
+            Image.fromarray(pixels).save(root / label / f"{i:02}.png")
+    return root
+
+
+def load(folder, cache_dir, size=32, **options):
+    return load_images(
+        open_photos(str(folder)), size, cache_dir=cache_dir, progress=False, **options
+    )
+
+
+def counting(photos, calls: list):
+    """The same photos, noting every decoded file."""
+    inner = photos.load
+    return replace(photos, load=lambda file, side: calls.append(file) or inner(file, side))
+
+
+def test_pixels_are_the_antialiased_centre_square(folder, tmp_path):
+    images, photos = load(folder, tmp_path / "cache", size=20)
+    assert images.shape == (24, 20, 20, 3)
+    assert images.dtype == np.uint8
+    assert not images.flags.writeable
+    for i in (0, 13):
+        centre = Image.fromarray(photos.read(i)[:, 10:50])
+        expected = np.asarray(centre.resize((20, 20), Image.Resampling.BICUBIC)).astype(int)
+        # resizing the whole and cropping sees a little beyond the square at its edges
+        assert np.abs(images[i].astype(int) - expected)[:, 1:-1].max() <= 1
+        # a box average is an independent antialiased truth for this factor of two
+        box = photos.read(i)[:, 10:50].reshape(20, 2, 20, 2, 3).mean((1, 3))
+        assert np.abs(images[i] - box)[1:-1, 1:-1].max() <= 2
+
+
+def test_each_content_is_decoded_once_ever(folder, tmp_path):
+    calls: list[str] = []
+    photos = counting(open_photos(str(folder)), calls)
+    first, _ = load_images(photos, 32, cache_dir=tmp_path / "c", progress=False)
+    assert sorted(calls) == sorted(set(photos.files) - {"b/11.png"})
+    assert np.array_equal(first[22], first[23])
+    again, _ = load_images(photos, 32, cache_dir=tmp_path / "c", progress=False)
+    assert len(calls) == 23
+    assert np.array_equal(first, again)
+    load_images(photos, 24, cache_dir=tmp_path / "c", progress=False)
+    assert len(calls) == 46  # another size is another cache
+    Image.fromarray(scene(77)).save(folder / "a" / "00.png")
+    changed, _ = load(folder, tmp_path / "c")
+    assert not np.array_equal(changed[0], first[0])
+    assert np.array_equal(changed[1:], first[1:])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: bytes([data[0] ^ 1]) + data[1:],
+        lambda data: data[:-60] + bytes([data[-60] ^ 64]) + data[-59:],
+        lambda data: data[:-40] + b"\xff" * 8 + data[-32:],
+        lambda data: data + b"x",
+    ],
+    ids=["cut", "short", "empty", "pixel", "footer", "length", "longer"],
+)
+def test_a_damaged_cache_is_built_again(folder, tmp_path, damage):
+    whole, _ = load(folder, tmp_path / "c")
+    expected = whole.copy()
+    (path,) = (tmp_path / "c").iterdir()
+    sound = path.read_bytes()
+    path.write_bytes(damage(sound))
+    images, _ = load(folder, tmp_path / "c")
+    assert np.array_equal(images, expected)
+    assert path.read_bytes() == sound
+
+
+def test_unreadable_photos_are_left_out_and_stay_so(folder, tmp_path):
+    (folder / "a" / "05.png").write_bytes(b"<html>not found</html>")
+    for _ in range(2):  # decoded, then from the cache
+        images, photos = load(folder, tmp_path / "c")
+        assert len(images) == len(photos) == 23
+        assert "a/05.png" not in photos.files
+        assert [(e.file, e.reason, e.bad) for e in photos.excluded] == [
+            ("a/05.png", "not an image", True)
+        ]
+        row = photos.files.index("a/06.png")
+        assert np.array_equal(images[row], cache.square(Image.fromarray(scene(6)), 32))
+
+
+def test_too_many_bad_photos_or_too_few_good_ones(folder, tmp_path):
+    for name in ("00", "01"):
+        (folder / "a" / f"{name}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 of 24 photos .* a/00.png: empty file.*--max-bad"):
+        load(folder, tmp_path / "c")
+    _, photos = load(folder, tmp_path / "c", max_bad=0.5)
+    assert len(photos) == 22
+    for i in range(2, 11):
+        (folder / "a" / f"{i:02}.png").unlink()
+    with pytest.raises(DataError, match=r"class a .* 1 readable photo,"):
+        load(folder, tmp_path / "c", max_bad=0.5)
+
+
+def test_few_photos_in_a_class_warn(folder, tmp_path):
+    for i in range(5):
+        (folder / "b" / f"{i:02}.png").unlink()
+    with pytest.warns(UserWarning, match="class b has only 7 photos"):
+        load(folder, tmp_path / "c")
+
+
+def test_a_folder_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError, match=r"needs 0 MB.*LAPIS_CACHE"):
+        load(folder, tmp_path / "file")
+
+
+def test_stale_leftovers_go_and_fresh_ones_stay(folder, tmp_path):
+    (tmp_path / "c").mkdir()
+    stale, fresh = tmp_path / "c" / "x.1.tmp", tmp_path / "c" / "x.2.tmp"
+    stale.write_bytes(b"x")
+    fresh.write_bytes(b"x")
+    os.utime(stale, (time.time() - 7200,) * 2)
+    load(folder, tmp_path / "c")
+    assert not stale.exists()
+    assert fresh.exists()
+
+
+def test_an_error_while_building_leaves_nothing(folder, tmp_path):
+    def broken(file, side):
+        raise RuntimeError("pulled the plug")
+
+    photos = replace(open_photos(str(folder)), load=broken)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        load_images(photos, 32, cache_dir=tmp_path / "c", progress=False)
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def _build(folder, cache_dir, delay):
+    photos = open_photos(str(folder))
+    inner = photos.load
+
+    def slow(file, side):
+        time.sleep(delay)
+        return inner(file, side)
+
+    load_images(replace(photos, load=slow), 32, cache_dir=cache_dir, progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_killed_while_building_and_two_builders_at_once(folder, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    killed = spawn.Process(target=_build, args=(folder, tmp_path / "c", 1.0))
+    killed.start()
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("c/*.tmp")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert not list(tmp_path.glob("c/*.images"))
+    pair = [spawn.Process(target=_build, args=(folder, tmp_path / "c", 0.01)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert len(list(tmp_path.glob("c/*.images"))) == 1
+    images, photos = load(folder, tmp_path / "c")
+    assert len(images) == 24
+    assert np.array_equal(images[3], cache.square(Image.fromarray(photos.read(3)), 32))
+
+
+def test_default_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path))
+    assert cache.default_cache_dir() == tmp_path
+    monkeypatch.delenv("LAPIS_CACHE")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.default_cache_dir() == tmp_path / "xdg" / "lapis"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache.default_cache_dir() == Path.home() / ".cache" / "lapis"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert cache.default_cache_dir() == Path.home() / "Library" / "Caches" / "lapis"
