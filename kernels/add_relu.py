@@ -95,9 +95,9 @@ def _backward_op(
 ) -> torch.Tensor:
     if runs_triton(dy):
         return backward(dy, z, addend, act)
-    with torch.enable_grad():
-        z = (z if addend is None else z + addend).detach().requires_grad_()
-        (dz,) = torch.autograd.grad(REFERENCE[act](z), z, dy.to(z.dtype))
+    # vjp, because an op's implementation runs below autograd
+    _, pullback = torch.func.vjp(REFERENCE[act], z if addend is None else z + addend)
+    (dz,) = pullback(dy.to(z.dtype))
     return nhwc(dz).clone()
 
 

@@ -6,6 +6,7 @@ it, so ahead-of-time compilation and the counting of launches see exactly what a
 """
 
 import ctypes
+import functools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -103,6 +104,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache  # asked at every call of an op
 def why_not_triton(device: torch.device | None = None) -> str | None:
     """The reason why the kernels cannot run on `device` (default: the current GPU), or None if
     they can."""

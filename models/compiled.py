@@ -349,7 +349,8 @@ def tune_allocator() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names in malloc.h
+    max_fast, trim_threshold, top_pad, mmap_threshold = 1, -1, -2, -3  # names in malloc.h
     mallopt(mmap_threshold, 2**31 - 1)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 * 2**20)
+    mallopt(max_fast, 0)  # small freed chunks would keep the holes of large tensors from merging

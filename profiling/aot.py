@@ -40,10 +40,11 @@ MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
 
 @dataclass(frozen=True)
 class Row:
-    """One distinct program: a kernel of a room, compiled for an architecture, a dtype and a shape.
+    """One distinct program: a kernel of a room, compiled for an architecture, a dtype and a shape
+    (at the smallest batch that runs it).
 
     waves: how often the multiprocessors are filled, at batch 32 and 256. flops, bytes, floor_us:
-    of the room's whole forward and backward at batch 32, on the roofs measured on an H200.
+    of the room's whole forward and backward, on the roofs measured on an H200.
     """
 
     room: str
@@ -214,7 +215,8 @@ def _programs(spec: KernelSpec, shape: Shape, dtype: torch.dtype, arch: str) -> 
     for batch in BATCHES:
         for made in recorded(spec, at_batch(shape, batch), dtype, ARCHS[arch]):
             task = task_of(made, arch)
-            program = found.setdefault(task.key, Program(spec, shape, dtype, task, {}))
+            first_seen = Program(spec, at_batch(shape, batch), dtype, task, {})
+            program = found.setdefault(task.key, first_seen)
             program.instances[batch] = prod(made.grid)
     return list(found.values())
 
@@ -330,7 +332,7 @@ def table(rows: list[Row]) -> str:
                 str(row.spills),
                 str(row.shared_bytes),
                 f"{row.occupancy:.2f}",
-                " / ".join(f"{waves:g}" for waves in row.waves.values()),
+                " ".join(f"{batch}:{waves:g}" for batch, waves in row.waves.items()),
                 f"{row.floor_us:.1f}",
                 " ".join(f"{name}:{count}" for name, count in row.instructions.items()),
                 row.fault,

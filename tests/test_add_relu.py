@@ -1,5 +1,7 @@
 """add_relu against float64, its gradients in every layout, its op contract and its bad inputs."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -95,3 +97,10 @@ def test_records_its_launches():
         "_forward_kernel",
         "_backward_kernel",
     ]
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_without_triton_the_op_is_the_reference(act, generator, monkeypatch):
+    monkeypatch.setattr(import_module("kernels.add_relu"), "runs_triton", lambda x: False)
+    inputs = SPEC.make_inputs((2, 8, 3, 5), torch.float32, DEVICE, generator)
+    check_against_float64(add_relu, reference, {**inputs, "act": act}, generator)

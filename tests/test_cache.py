@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import cache, load_images, open_photos
+from train.data import cache, limit_photos, load_images, open_photos
 from train.errors import DataError, DiskError
 
 
@@ -117,13 +118,13 @@ def test_unreadable_photos_are_left_out_and_stay_so(folder, tmp_path):
 def test_too_many_bad_photos_or_too_few_good_ones(folder, tmp_path):
     for name in ("00", "01"):
         (folder / "a" / f"{name}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"2 of 24 photos .* a/00.png: empty file.*--max-bad"):
+    with pytest.raises(DataError, match=r"8\.3% of the photos .*a/00.png: empty file.*--max-bad"):
         load(folder, tmp_path / "c")
     _, photos = load(folder, tmp_path / "c", max_bad=0.5)
     assert len(photos) == 22
     for i in range(2, 11):
         (folder / "a" / f"{i:02}.png").unlink()
-    with pytest.raises(DataError, match=r"class a .* 1 readable photo,"):
+    with pytest.raises(DataError, match=r"class a .* readable photos, 1 instead of"):
         load(folder, tmp_path / "c", max_bad=0.5)
 
 
@@ -138,6 +139,36 @@ def test_a_folder_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError, match=r"needs 0 MB.*LAPIS_CACHE"):
         load(folder, tmp_path / "file")
+
+
+def test_bad_photos_are_judged_by_share_also_after_a_limit(tmp_path):
+    """Three rows without a file among 203 are fine, and still are when ten photos are drawn."""
+    (tmp_path / "train").mkdir()
+    rows = ["filename,label"]
+    for i in range(203):
+        rows.append(f"{i}.png,{'xy'[i % 2]}")
+        if i < 200:
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "train" / f"{i}.png")
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    photos = open_photos(str(tmp_path))
+    assert photos.bad_share == pytest.approx(3 / 203)
+    with pytest.warns(UserWarning, match="only 5 photos"):
+        _, loaded = load_images(
+            limit_photos(photos, 10), 8, cache_dir=tmp_path / "c", progress=False
+        )
+    assert len(loaded) == 10
+    assert len(loaded.excluded) == 3
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(DiskError, match=r"cannot be written \(File too large\)"):
+            load(folder, tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "c").iterdir()) == []
 
 
 def test_stale_leftovers_go_and_fresh_ones_stay(folder, tmp_path):

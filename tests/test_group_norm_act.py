@@ -1,18 +1,21 @@
 """group_norm_act against float64: every gradient, odd shapes, far means, its contract as an op."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import group_norm_act as room
 from kernels.activation import ACTS
 from kernels.group_norm_act import SPEC, _op, group_norm_act, reference
 from kernels.launch import record
 from tests.helpers import DEVICE, check_against_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
+# the package's attribute of this name is the function
+room = importlib.import_module("kernels.group_norm_act")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 8, 1, 2, 4), (2, 24, 9, 5, 3), (3, 72, 7, 4, 2), (5, 136, 3, 1, 1)]  # N C H W G
+SHAPES = [(1, 8, 1, 2, 4), (2, 72, 7, 5, 3), (3, 136, 3, 1, 1)]  # N C H W G
 
 
 def make_inputs(shape, dtype, generator, residual=True):

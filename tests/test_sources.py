@@ -4,16 +4,17 @@ import hashlib
 import io
 import json
 import os
-import warnings
+import resource
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from train.data import open_photos
-from train.data.photos import MAX_PIXELS, UnreadablePhoto, decode
+from train.data.photos import UnreadablePhoto, decode
 from train.errors import DataError, UsageError
 
 
@@ -180,6 +181,14 @@ def test_folders_that_cannot_be_trained_on(tmp_path, make, message):
         open_photos(str(tmp_path))
 
 
+def test_a_class_folder_may_not_lead_outside_either(tmp_path):
+    jpeg(tmp_path / "data" / "a" / "1.jpg")
+    jpeg(tmp_path / "data" / "b" / "1.jpg")
+    (tmp_path / "data" / "b" / "2.jpg").symlink_to(jpeg(tmp_path / "secret.jpg"))
+    with pytest.raises(DataError, match=r"2\.jpg leads out of"):
+        open_photos(str(tmp_path / "data"))
+
+
 def test_unknown_data_and_classes(tmp_path):
     with pytest.raises(DataError, match="nowhere is no folder"):
         open_photos(str(tmp_path / "nowhere"))
@@ -290,6 +299,9 @@ def test_odd_modes_are_converted_right(tmp_path):
     deep = Image.fromarray(np.full((16, 16), 40000, np.uint16))
     assert np.abs(shown(deep, "PNG") - 156).max() <= 1
     assert np.abs(shown(deep, "TIFF") - 156).max() <= 1
+    path = tmp_path / "odd.png"
+    cv2.imwrite(str(path), np.full((16, 16, 3), (10000, 20000, 40000), np.uint16))  # BGR
+    assert np.abs(np.asarray(decode(path)) - np.array([156, 78, 39])).max() <= 1
     # transparent pixels lie on white; half transparent ones are half of each
     clear = plain.convert("RGBA")
     clear.putalpha(0)
@@ -312,6 +324,7 @@ def png_header(width: int, height: int) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_unreadable_files_say_why(tmp_path):
     whole = jpeg(tmp_path / "whole.jpg", size=(200, 200)).read_bytes()
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
@@ -324,18 +337,27 @@ def test_unreadable_files_say_why(tmp_path):
         b"<!DOCTYPE html><html><body>404</body></html>": "not an image",
         cut: "damaged: .*truncated",
         whole[:30]: "damaged|not an image",
-        png_header(20000, 8000): f"20000 x 8000 pixels, over the limit of {MAX_PIXELS}",
-        png_header(60000, 60000): f"too many pixels, over the limit of {MAX_PIXELS}",
+        png_header(20000, 8000): "more than 134 million pixels",
+        png_header(60000, 60000): "more than 134 million pixels",
         floats.getvalue(): "no known range",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "not an image",
     }
     for content, reason in cases.items():
         path = tmp_path / "bad.jpg"
         path.write_bytes(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            with pytest.raises(UnreadablePhoto, match=reason):
-                decode(path)
+        with pytest.raises(UnreadablePhoto, match=reason):
+            decode(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_without_decoding(tmp_path):
+    """Memory stays bounded: 12,000 x 12,000 pixels of one colour are 0.5 GB from a 0.4 MB file."""
+    path = tmp_path / "bomb.png"
+    Image.new("1", (12_000, 12_000)).save(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UnreadablePhoto, match="million pixels"):
+        decode(path, 224)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 def test_a_file_the_system_refuses_is_an_error_not_a_bad_photo(tmp_path):

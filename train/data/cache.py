@@ -54,7 +54,7 @@ def load_images(
     folder = cache_dir or default_cache_dir()
     key = hashlib.sha256("\n".join([TRANSFORM, str(size), *photos.digests]).encode()).hexdigest()
     path = folder / f"{key[:32]}.images"
-    failed = _check(path, size)
+    failed = _check(path, size, progress)
     if failed is None:
         try:
             _build(path, photos, size, progress)
@@ -64,14 +64,12 @@ def load_images(
                 f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
                 f"{needed:.0f} MB; free some or set LAPIS_CACHE to another folder."
             ) from error
-        failed = _check(path, size)
+        failed = _check(path, size, progress)
         if failed is None:
             raise DiskError(
                 f"the image cache {path} does not read back as written: check the disk."
             )
     readable = _readable(photos, failed, max_bad)
-    if not len(readable):
-        raise DataError(f"none of the photos of {photos.name} can be read.")
     return np.memmap(path, np.uint8, "r", shape=(len(readable), size, size, 3)), readable
 
 
@@ -95,7 +93,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _check(path: Path, size: int) -> dict[str, str] | None:
+def _check(path: Path, size: int, progress: bool) -> dict[str, str] | None:
     """The unreadable contents a sound cache records, by digest; None if it must be built."""
     try:
         with path.open("rb") as file:
@@ -108,7 +106,12 @@ def _check(path: Path, size: int) -> dict[str, str] | None:
             checksum = hashlib.sha256()
             remaining = total - 32
             with tqdm(
-                total=total, desc="checking the cache", unit="B", unit_scale=True, delay=1
+                desc="checking the cache",
+                total=total,
+                unit="B",
+                unit_scale=True,
+                delay=1,
+                disable=not progress,
             ) as bar:
                 while remaining and (chunk := file.read(min(remaining, 2**24))):
                     checksum.update(chunk)
@@ -207,22 +210,22 @@ def _readable(photos: Photos, failed: dict[str, str], max_bad: float) -> Photos:
         for file, digest in zip(photos.files, photos.digests, strict=True)
         if digest in failed
     )
-    result = replace(photos.subset(readable), excluded=(*photos.excluded, *unreadable))
-    bad = [item for item in result.excluded if item.bad]
-    share = len(bad) / (len(bad) + len(readable))
+    share = 1 - (1 - photos.bad_share) * len(readable) / len(photos)
+    excluded = (*photos.excluded, *unreadable)
     if share > max_bad:
+        bad = [item for item in excluded if item.bad]
         listed = "; ".join(f"{item.file}: {item.reason}" for item in bad[:5])
         raise DataError(
-            f"{len(bad)} of {len(bad) + len(readable)} photos of {photos.name} are bad, more than "
-            f"{max_bad:.0%} ({listed}{'; ...' if len(bad) > 5 else ''}): repair or "
-            "remove them, or raise --max-bad."
+            f"{share:.1%} of the photos of {photos.name} are bad, more than {max_bad:.0%} ({listed}"
+            f"{'; ...' if len(bad) > 5 else ''}): repair or remove them, or raise --max-bad."
         )
+    result = replace(photos.subset(readable), excluded=excluded, bad_share=share)
     counts = np.bincount(result.labels, minlength=len(photos.classes))
     for label, count in zip(photos.classes, counts, strict=True):
         if count < 2:
             raise DataError(
-                f"class {label} of {photos.name} has {count} readable photo{'s' * (count != 1)}, "
-                "and at least two are needed: add some or leave the class out with --classes."
+                f"class {label} of {photos.name} has too few readable photos, {count} instead of "
+                "at least two: add some or leave the class out with --classes."
             )
         if count < 10:
             warnings.warn(f"class {label} has only {count} photos.", stacklevel=3)

@@ -17,15 +17,19 @@ from train.errors import DataError, UsageError
 # What Pillow may open: the formats photos come in. Among the others some start foreign programs.
 # (JPEG covers MPO, the pairs some phones write.) Not every build of Pillow knows AVIF.
 Image.init()
-FORMATS = tuple({"JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM"} & Image.OPEN.keys())
+FORMATS = [
+    kind
+    for kind in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+    if kind in Image.OPEN
+]
 EXTENSIONS = frozenset(
     f".{ending}"
     for ending in "jpg jpeg jpe jfif mpo png webp avif gif bmp tif tiff ppm".split()  # noqa: SIM905
 )
 
-# Room for a 108-megapixel phone (about 0.5 GB while it is decoded); anything above is refused from
-# its header, which makes Pillow's own warning at a lower figure noise.
-MAX_PIXELS = 2**27
+# Room for a 108-megapixel phone (0.5 GB while it is decoded); more is refused from the header.
+# Pillow's limit is lower; at ours it would only warn of what is refused anyway.
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS = 2**27
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag; values 2..8 say how to turn the stored picture upright
@@ -65,6 +69,7 @@ class Photos:
     excluded  files left out, each with its reason
     load      (file, shorter side wanted or None) -> upright RGB picture; raises UnreadablePhoto.
               The picture may be smaller than stored, but never under twice the side wanted
+    bad_share share of the photos first listed that were bad, 0 to 1
     """
 
     name: str
@@ -74,6 +79,7 @@ class Photos:
     digests: tuple[str, ...]
     excluded: tuple[Excluded, ...]
     load: Callable[[str, int | None], Image.Image]
+    bad_share: float = 0.0
 
     def __len__(self) -> int:
         return len(self.files)
@@ -172,6 +178,7 @@ def list_photos(
         digests=tuple(result for _, _, result in kept),
         excluded=(*excluded, *missing),
         load=PhotoFolder(root),
+        bad_share=len(missing) / len(entries),
     )
 
 
@@ -217,7 +224,7 @@ def decode(path: Path, shorter: int | None = None) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise UnreadablePhoto(f"{width} x {height} pixels, over the limit of {MAX_PIXELS}")
+                raise Image.DecompressionBombError
             orientation = _orientation(image)
             if shorter is not None:
                 scale = 2 * shorter / min(width, height)
@@ -227,8 +234,8 @@ def decode(path: Path, shorter: int | None = None) -> Image.Image:
         raise
     except Image.UnidentifiedImageError:
         raise UnreadablePhoto("not an image") from None
-    except Image.DecompressionBombError:
-        raise UnreadablePhoto(f"too many pixels, over the limit of {MAX_PIXELS}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UnreadablePhoto(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path} cannot be read ({error.strerror}): try again.") from error
