@@ -145,7 +145,7 @@ def test_backends_train_alike(name, backend):
     for (key, value), expected in zip(
         other.state_dict().items(), eager.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(value, expected, rtol=5e-3, atol=5e-3, msg=lambda m: key + m)
+        torch.testing.assert_close(value, expected, rtol=5e-3, atol=5e-3, msg=lambda m, key=key: f"{key}: {m}")
     eager.eval(), other.eval()
     torch.testing.assert_close(other(data[0][0]), eager(data[0][0]), rtol=5e-3, atol=5e-3)
 

@@ -48,8 +48,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, BadZipFile) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({first_line})") from error
+        reason = str(error).strip().split(".")[0]
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason})") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is not a checkpoint of this version (schema {SCHEMA})")
     return state

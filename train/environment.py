@@ -60,8 +60,8 @@ def versions() -> dict[str, str]:
     """Versions of what the numbers depend on; `commit` where the code is a git checkout."""
     found = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torch": str(torch.__version__),  # a subclass of str that weights_only refuses
+        "torchvision": str(torchvision.__version__),
         "numpy": np.__version__,
     }
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]

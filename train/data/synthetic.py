@@ -272,15 +272,14 @@ def _garnish(rng, image, plate: Plate) -> None:
 
 def _photograph(rng, image) -> np.ndarray:
     """Light from one side, a colour cast, exposure, focus and grain."""
-    tilt = cv2.resize(rng.normal(0, 0.13, (2, 2)).astype(np.float32), (SIZE, SIZE))
-    cast = np.exp(rng.normal(0, 0.08, 3)).astype(np.float32)
+    tilt = 1 + rng.normal(0, 0.13, (2, 2, 1))
+    cast = np.exp(rng.normal(0, 0.08, 3))
     exposure = np.exp(rng.normal(0.02, 0.16))
-    picture = image.astype(np.float32)
-    picture *= (exposure * (1 + tilt))[..., None]
-    picture *= cast
+    light = cv2.resize((exposure * tilt * cast).astype(np.float32), (SIZE, SIZE))
+    image = cv2.multiply(image, light, dtype=cv2.CV_8U)
     blur = rng.uniform(0, 1.1)
     if blur > 0.35:
-        picture = cv2.GaussianBlur(picture, (0, 0), blur)
-    grain = rng.integers(-32, 33, (SIZE, SIZE), dtype=np.int8).astype(np.float32)
-    picture += (grain * rng.uniform(0.05, 0.25))[..., None]
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        image = cv2.GaussianBlur(image, (0, 0), blur)
+    grain = rng.integers(-32, 33, (SIZE, SIZE, 1), dtype=np.int8)
+    shade(image, grain * np.float32(rng.uniform(0.05, 0.25)))
+    return image

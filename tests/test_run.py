@@ -1,0 +1,352 @@
+"""The main job from the outside: its files, its lines, its exit codes, and an exact resume."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train import checkpoint, config, run
+from train.config import DEFAULT, RECIPES, from_dict, to_dict
+from train.errors import CheckpointError
+from train.optim import build_optimizer, build_schedule
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--model", "micro_resnet", "--image-size", "32", "--epochs", "2", "--threads", "2"]
+FOOD5 = ROOT.parent / "shared" / "data" / "food5"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Three classes of 14 small pictures that differ in colour; two files are copies."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for label, colour in enumerate([(200, 40, 40), (40, 200, 40), (40, 40, 200)]):
+        folder = root / f"class{label}"
+        folder.mkdir()
+        for i in range(14):
+            noise = rng.normal(0, 40, (40, 48, 3))
+            pixels = np.clip(noise + colour, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAPIS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def main(*argv: object) -> int:
+    return run.main([str(word) for word in argv])
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(photos, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "one"
+    assert main(*QUICK, "--data", photos, "--out", out, "--dropout", "0.2") == 0
+    return out
+
+
+def test_run_folder_is_complete(finished):
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "confusion_matrix.png",
+        "report.html",
+        "split.csv",
+        "checkpoints/last.pt",
+        "checkpoints/previous.pt",
+        "checkpoints/best.pt",
+    }
+
+
+def test_summary_and_metrics(finished):
+    summary = read(finished / "summary.json")
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert set(lines[0]) == {
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "val_loss",
+        "val_accuracy",
+        "learning_rate",
+        "images_per_second",
+        "seconds",
+    }
+    assert summary["best_val_accuracy"] == max(line["val_accuracy"] for line in lines)
+    assert summary["final_val_loss"] == lines[-1]["val_loss"]
+    assert summary["parameters"] == summary["trainable_parameters"] > 0
+    assert summary["backend"] == "eager"
+    assert summary["split"]["leaked_share"] == 0
+    assert summary["split"]["duplicate_groups"] == 3
+    assert summary["split"]["train"] + summary["split"]["validation"] == 45
+    required = "model backend_reason device epochs best_epoch final_train_loss seed"
+    assert not [key for key in required.split() if summary.get(key) is None]
+
+
+def test_split_keeps_copies_together(finished):
+    rows = list(csv.DictReader((finished / "split.csv").open()))
+    sides = {row["filename"]: row["split"] for row in rows}
+    for label in range(3):
+        assert sides[f"class{label}/0.png"] == sides[f"class{label}/copy.png"]
+    assert {row["label"] for row in rows} == {"class0", "class1", "class2"}
+
+
+def test_checkpoint_opens_without_pickle_and_holds_the_weights(finished):
+    best = checkpoint.load(finished / "checkpoints" / "best.pt")
+    model = run.build_model("micro_resnet", 3)
+    model.load_state_dict(best["weights"])
+    assert best["classes"] == ["class0", "class1", "class2"]
+    assert from_dict(best["config"]).model.dropout == 0.2
+
+
+def test_validation_is_that_of_the_kept_weights(finished, photos):
+    """Recomputed from best.pt alone, the validation accuracy is the one of the summary."""
+    best = checkpoint.load(finished / "checkpoints" / "best.pt")
+    rows = [r for r in csv.DictReader((finished / "split.csv").open()) if r["split"] == "val"]
+    model = run.build_model("micro_resnet", 3).eval()
+    model.load_state_dict(best["weights"])
+    settings = from_dict(best["config"])
+    pictures = run.open_photos(str(photos))
+    images, pictures = run.load_images(pictures, round(settings.data.image_size * 8 / 7))
+    chosen = np.array([pictures.files.index(row["filename"]) for row in rows])
+    loader = run.Loader(
+        images, pictures.labels, chosen, batch_size=7, image_size=32, dtype=torch.float32
+    )
+    right = sum(
+        (model(batch.images).argmax(1) == batch.labels).sum().item() for batch in loader.epoch(0)
+    )
+    expected = read(finished / "summary.json")["best_val_accuracy"]
+    assert right / len(rows) == pytest.approx(expected, abs=1.01 / len(rows))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("extra", [[], ["--recipe", "report", "--image-size", "32"]])
+def test_resume_is_exact(photos, tmp_path, monkeypatch, extra, capsys):
+    flags = [*QUICK, *extra, "--epochs", "3", "--data", photos, "--dropout", "0.3"]
+    assert main(*flags, "--out", tmp_path / "whole") == 0
+
+    class StopAfterOne(run.Progress):
+        def epoch_ended(self, training, record):
+            super().epoch_ended(training, record)
+            raise Stop
+
+    monkeypatch.setattr(run, "Progress", StopAfterOne)
+    with pytest.raises(Stop):
+        main(*flags, "--out", tmp_path / "parts")
+    monkeypatch.undo()
+    assert main("--resume", tmp_path / "parts") == 0
+    whole, parts = (
+        checkpoint.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")
+    )
+    for key in ("weights", "model"):
+        for name, value in whole[key].items():
+            assert torch.equal(value, parts[key][name]), name
+    timing = ("images_per_second", "seconds")
+    for one, other in zip(whole["history"], parts["history"], strict=True):
+        assert {k: v for k, v in one.items() if k not in timing} == {
+            k: v for k, v in other.items() if k not in timing
+        }
+
+
+def test_resume_refuses_changed_data(finished, photos, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy"
+    (copy / "checkpoints").mkdir(parents=True)
+    state = checkpoint.load(finished / "checkpoints" / "last.pt")
+    torch.save({**state, "data_digest": "other"}, copy / "checkpoints" / "last.pt")
+    assert main("--resume", copy) == 4
+    assert "changed since this run began" in capsys.readouterr().err
+
+
+def test_resume_takes_no_other_settings(finished, capsys):
+    assert main("--resume", finished, "--lr", "0.1") == 2
+    assert "leave out --lr" in capsys.readouterr().err
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    content = (finished / "checkpoints" / "last.pt").read_bytes()
+    (folder / "last.pt").write_bytes(content[: len(content) // 2])
+    (folder / "previous.pt").write_bytes((finished / "checkpoints" / "previous.pt").read_bytes())
+    state, path = checkpoint.load_newest(folder)
+    assert path.name == "previous.pt"
+    assert len(state["history"]) == 1
+    (folder / "previous.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="nothing to resume from"):
+        checkpoint.load_newest(folder)
+
+
+def test_same_seed_same_run_and_another_seed_another(photos, tmp_path):
+    weights = []
+    for number, seed in enumerate([1, 1, 2]):
+        out = tmp_path / str(number)
+        assert main(*QUICK, "--epochs", "1", "--data", photos, "--out", out, "--seed", seed) == 0
+        weights.append(checkpoint.load(out / "checkpoints" / "last.pt")["weights"]["fc.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_trains_on_everything_without_validation(photos, tmp_path):
+    out = tmp_path / "all"
+    assert main(*QUICK, "--data", photos, "--out", out, "--val-fraction", "0") == 0
+    summary = read(out / "summary.json")
+    assert summary["split"]["validation"] == 0
+    assert summary["best_val_accuracy"] is summary["final_val_loss"] is None
+    assert not (out / "checkpoints" / "best.pt").exists()
+    assert (out / "report.html").exists()
+
+
+def test_synthetic_is_the_default_source(tmp_path):
+    out = tmp_path / "run"
+    assert main(*QUICK, "--epochs", "1", "--limit", "50", "--out", out) == 0
+    summary = read(out / "summary.json")
+    assert summary["classes"] == ["bakso", "gado_gado", "nasi_goreng", "rendang", "soto_ayam"]
+    assert summary["split"]["train"] == 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--fused", "--backend", "eager"], 2, "give one of the two"),
+        (["--data", "/nowhere"], 3, "/nowhere"),
+        (["--amp", "fp16", "--device", "cpu"], 2, "--amp fp16 needs a CUDA device"),
+        (["--epochs", "0"], 2, "--epochs must be at least 1"),
+        (["--batch-size", "0"], 2, "--batch-size"),
+        (["--lr", "-1"], 2, "--lr must be 0 or more"),
+        (["--val-fraction", "1.5"], 2, "--val-fraction"),
+        (["--momentum", "0"], 2, "--no-nesterov"),
+        (["--model", "micro_plain", "--zero-init-residual"], 2, "leave it out"),
+        (["--threads", "0"], 2, "--threads"),
+    ],
+)
+def test_bad_flags_end_with_one_sentence(flags, code, words, photos, tmp_path, capsys):
+    assert main(*QUICK, "--data", photos, "--out", tmp_path / "r", *flags) == code
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("flags", [["--model", "resnet35"], ["--lerning-rate", "1"]])
+def test_unknown_model_or_flag_is_a_usage_error(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.parse(flags)
+    assert stop.value.code == 2
+
+
+def test_out_that_holds_a_run_is_refused(finished, photos, capsys):
+    assert main(*QUICK, "--data", photos, "--out", finished) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_photos(photos, tmp_path, capsys):
+    out = tmp_path / "nan"
+    flags = ["--lr", "1e30", "--schedule", "constant", "--optimizer", "sgd", "--epochs", "3"]
+    assert main(*QUICK, "--data", photos, "--out", out, "--amp", "off", *flags) == 5
+    assert "not finite" in capsys.readouterr().err
+    assert set(read(out / "bad_batch.json")) <= {
+        row["filename"] for row in csv.DictReader((out / "split.csv").open())
+    }
+
+
+def test_random_split_warns_with_the_leak(photos, tmp_path, capsys):
+    flags = ["--split", "random", "--val-fraction", "0.5", "--epochs", "1"]
+    assert main(*QUICK, "--data", photos, "--out", tmp_path / "r", *flags) == 0
+    assert "too high" in capsys.readouterr().err
+    assert read(tmp_path / "r" / "summary.json")["split"]["leaked_share"] > 0
+
+
+def test_fused_announces_its_path_and_reason(photos, tmp_path, capsys):
+    assert main(*QUICK, "--epochs", "1", "--data", photos, "--out", tmp_path / "r", "--fused") == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("backend: ")]
+    summary = read(tmp_path / "r" / "summary.json")
+    assert lines == [f"backend: {summary['backend']} ({summary['backend_reason']})"]
+
+
+def test_config_survives_json():
+    for recipe in RECIPES.values():
+        assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+
+
+def test_recipe_report_is_table_1_of_the_report():
+    parsed = run.parse(["--recipe", "report", "--model", "plain34"])
+    optim, data = parsed.optim, parsed.data
+    assert (optim.optimizer, optim.lr, optim.momentum, optim.epochs) == ("sgd", 1e-3, 0.0, 8)
+    assert (optim.batch_size, optim.val_batch_size, optim.weight_decay) == (32, 64, 0.0)
+    assert (optim.label_smoothing, optim.schedule, optim.ema) == (0.0, "constant", 0.0)
+    assert (data.image_size, data.augment, data.mixup, data.split) == (224, "none", 0.0, "grouped")
+    assert run.parse(["--recipe=report", "--lr", "0.1"]).optim.lr == 0.1
+
+
+def test_schedules():
+    def rates(schedule, steps=40):
+        optim = dataclasses.replace(DEFAULT.optim, schedule=schedule, lr=1.0)
+        optimizer = build_optimizer(torch.nn.Linear(2, 2), optim)
+        rate = build_schedule(optimizer, optim, steps)
+        found = []
+        for _ in range(steps):
+            found.append(rate.get_last_lr()[0])
+            optimizer.step()
+            rate.step()
+        return found
+
+    assert set(rates("constant")) == {1.0}
+    assert sorted({round(r, 6) for r in rates("step")}) == [0.01, 0.1, 1.0]
+    assert rates("cosine")[0] == 1.0 > rates("cosine")[20] > rates("cosine")[-1]
+    one = rates("onecycle")
+    assert max(one) == pytest.approx(1.0, abs=0.02)
+    assert one[0] < 0.1 > one[-1]
+    cyclic = rates("cyclic")
+    peaks = [i for i in range(1, 39) if cyclic[i - 1] < cyclic[i] > cyclic[i + 1]]
+    assert len(peaks) == 4
+
+
+def test_weight_decay_spares_norms_and_biases():
+    model = run.build_model("micro_resnet")
+    groups = build_optimizer(model, DEFAULT.optim).param_groups
+    decayed = {id(p) for p in groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+    assert groups[1]["weight_decay"] == 0
+
+
+def test_help_names_every_flag_with_its_default():
+    text = subprocess.run(
+        [sys.executable, "-m", "train.run", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "100"},
+    ).stdout
+    for group in config.Config.__dataclass_fields__.values():
+        for field in group.default_factory.__dataclass_fields__:
+            assert f"--{field.replace('_', '-')}" in text, field
+
+
+@pytest.mark.skipif(not FOOD5.is_dir(), reason="the food5 photos are not here")
+def test_food5(tmp_path):
+    assert main(*QUICK, "--epochs", "1", "--data", FOOD5, "--limit", "60", "--out", tmp_path) == 0
+    assert read(tmp_path / "summary.json")["split"]["leaked_share"] == 0
