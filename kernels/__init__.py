@@ -19,7 +19,7 @@ from kernels.avg_pool import avg_pool
 from kernels.bn_act import bn_act
 from kernels.conv_bn_act import conv_bn_act, conv_stats, fold_scale_shift
 from kernels.group_norm_act import group_norm_act
-from kernels.head import cross_entropy
+from kernels.head import cross_entropy, loss_and_correct
 from kernels.image_prep import image_prep
 from kernels.launch import why_not_triton
 from kernels.spec import KernelSpec
@@ -51,5 +51,6 @@ __all__ = [
     "fold_scale_shift",
     "group_norm_act",
     "image_prep",
+    "loss_and_correct",
     "why_not_triton",
 ]

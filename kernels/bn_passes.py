@@ -15,7 +15,7 @@ from kernels.numerics import rounded
 # by bytes of an element
 FORWARD = {2: Tile(4096, 4), 4: Tile(2048, 4)}
 SUMS = {2: Tile(2048, 4, 8), 4: Tile(2048, 4, 8)}
-APPLY = {2: Tile(4096, 8), 4: Tile(2048, 4)}
+APPLY = {2: Tile(2048, 4), 4: Tile(2048, 4)}
 MERGE_PARTIALS, MERGE_CHANNELS = 512, 8
 
 # weight, bias, mean, var

@@ -10,18 +10,28 @@ programs leave partial means and M2, the merge adds them in a fixed order. Traff
 `merge` also finishes what a convolution leaves in its epilogue. Partials are float32 [2, P, C],
 mean then M2, of the [M, C] view of a channels-last tensor, M = N*H*W, cut into tiles of `rows`
 rows; partial p covers the tiles p, p + P, p + 2P ... so that with P = ceil(M / rows) each tile is
-a partial. Counts follow from (M, rows, P) and are not stored.
+a partial. Counts follow from (M, rows, P) and are not stored. Thousands of tiles are first folded
+to FOLDED partials that keep this order. A GPU's float32 `/` may be off by two units in the last
+place: where a mean comes out of it, the division is the rounded one, so that a constant channel
+keeps its value and a variance of zero.
 
-Where Triton cannot run, `batch_statistics` is `torch.var_mean`.
+`track` moves the three running buffers of a BatchNorm in one launch:
+
+    running = (1 - factor)*running + factor*batch, the batch's variance being var*M/(M - 1)
+
+Where Triton cannot run, `batch_statistics` is `torch.var_mean` and `track` the formula.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from kernels.launch import multiprocessors, nhwc, run, runs_triton, tl, triton
+from kernels.launch import check, multiprocessors, nhwc, run, runs_triton, tl, triton
 
 MERGE_PARTIALS, MERGE_CHANNELS = 512, 8  # 8 float32 fill a 32-byte sector
+FOLD_ABOVE, FOLDED = 2048, 128  # partials, one a tile, that one program a sector takes too long for
+FOLD_PARTIALS, FOLD_CHANNELS = 128, 32
+TRACK_CHANNELS = 1024
 
 
 class Tile(NamedTuple):
@@ -46,7 +56,7 @@ class Tile(NamedTuple):
 
 
 # by bytes of an element
-TILES = {2: Tile(2048, 4, 8), 4: Tile(2048, 4, 8)}
+TILES = {2: Tile(4096, 4, 4), 4: Tile(2048, 4, 8)}
 
 
 def reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,9 +79,9 @@ def tile_position(c, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 def combine(n, mean, m2):
     """Chan's formula over axis 0: n [G, 1] counts, mean and M2 [G, C] -> n [1], mean, M2 [C]."""
     total = tl.sum(n, axis=0)
-    middle = tl.sum(n * mean, axis=0) / tl.maximum(total, 1.0)
+    middle = tl.div_rn(tl.sum(n * mean, axis=0), tl.maximum(total, 1.0))
     # far from zero the sum above has lost digits; about itself it has not
-    middle += tl.sum(n * (mean - middle[None, :]), axis=0) / tl.maximum(total, 1.0)
+    middle += tl.div_rn(tl.sum(n * (mean - middle[None, :]), axis=0), tl.maximum(total, 1.0))
     away = mean - middle[None, :]
     return total, middle, tl.sum(m2 + n * away * away, axis=0)
 
@@ -134,21 +144,26 @@ def _stats_kernel(
 @triton.jit
 def _merge_kernel(
     partials_ptr,
-    statistics_ptr,
+    merged_ptr,
     m,
     c,
     rows,
     partials,
+    groups,
+    VARIANCE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """Group g of the partials, g, g + groups, g + 2*groups ...: mean, and M2 or the variance."""
+    columns = tl.cdiv(c, BLOCK_C)
+    group = tl.program_id(0) // columns
+    cols = tl.program_id(0) % columns * BLOCK_C + tl.arange(0, BLOCK_C)
     tiles = tl.cdiv(m, rows)
     n = tl.zeros((1,), dtype=tl.float32)
     mean = tl.zeros((BLOCK_C,), dtype=tl.float32)
     m2 = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for first in range(0, partials, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)[:, None]
+    for first in range(group, partials, BLOCK_P * groups):
+        p = first + tl.arange(0, BLOCK_P)[:, None] * groups
         short = tl.where(p == (tiles - 1) % partials, tiles * rows - m, 0)
         count = tl.where(p < partials, tl.cdiv(tiles - p, partials) * rows - short, 0)
         at = partials_ptr + p.to(tl.int64) * c + cols[None, :]
@@ -157,24 +172,37 @@ def _merge_kernel(
         p_m2 = tl.load(at + partials * c, mask=inside, other=0.0)
         more, t_mean, t_m2 = combine(count.to(tl.float32), p_mean, p_m2)
         away = t_mean - mean
-        share = more / (n + more)
+        share = tl.div_rn(more, n + more)
         m2 += t_m2 + away * away * n * share
         mean += away * share
         n += more
-    tl.store(statistics_ptr + cols, mean, mask=cols < c)
-    tl.store(statistics_ptr + c + cols, m2 / n, mask=cols < c)
+    if VARIANCE:
+        m2 = tl.div_rn(m2, n)
+    store_partial(merged_ptr, mean, m2, group, groups, cols, c, cols < c)
+
+
+def _merge(
+    partials: torch.Tensor, m: int, rows: int, groups: int, block_p: int, block_c: int
+) -> torch.Tensor:
+    _, count, c = partials.shape
+    merged = torch.empty((2, groups, c), dtype=torch.float32, device=partials.device)
+    grid = (triton.cdiv(c, block_c) * groups,)
+    args = (partials, merged, m, c, rows, count, groups)
+    run(_merge_kernel, grid, *args, VARIANCE=groups == 1, BLOCK_P=block_p, BLOCK_C=block_c,
+        num_warps=8)  # fmt: skip
+    return merged
 
 
 def merge(partials: torch.Tensor, m: int, rows: int) -> torch.Tensor:
     """Launch the merge of partials float32 [2, P, C] (mean, M2) over tiles of `rows` of the m
     rows; returns float32 [2, C]: mean and biased variance."""
-    _, count, c = partials.shape
-    statistics = torch.empty((2, c), dtype=torch.float32, device=partials.device)
+    count = partials.shape[1]
+    # partials of one tile each fold to partials of the tiles g, g + FOLDED, ...: the same order
+    if count > FOLD_ABOVE and count == triton.cdiv(m, rows):
+        partials = _merge(partials, m, rows, FOLDED, FOLD_PARTIALS, FOLD_CHANNELS)
+        count = FOLDED
     block_p = min(triton.next_power_of_2(count), MERGE_PARTIALS)
-    grid = (triton.cdiv(c, MERGE_CHANNELS),)
-    args = (partials, statistics, m, c, rows, count)
-    run(_merge_kernel, grid, *args, BLOCK_P=block_p, BLOCK_C=MERGE_CHANNELS, num_warps=8)
-    return statistics
+    return _merge(partials, m, rows, 1, block_p, MERGE_CHANNELS)[:, 0]
 
 
 def statistics(x: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
@@ -222,3 +250,107 @@ def batch_statistics(x: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
 @batch_statistics.register_fake
 def _(x: torch.Tensor, r: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((2, 1 if r is None else 2, x.shape[1]), dtype=torch.float32)
+
+
+@triton.jit
+def _track_kernel(
+    running_mean_ptr,
+    running_var_ptr,
+    batches_ptr,
+    mean_ptr,
+    var_ptr,
+    c,
+    momentum,
+    unbiased,
+    CUMULATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # one program for all channels: nothing else reads the count that it writes
+    batches = tl.load(batches_ptr) + 1
+    factor = tl.div_rn(1.0, batches.to(tl.float32)) if CUMULATIVE else momentum
+    for first in range(0, c, BLOCK_C):
+        cols = first + tl.arange(0, BLOCK_C)
+        inside = cols < c
+        mean = tl.load(mean_ptr + cols, mask=inside, other=0.0) * factor
+        var = tl.load(var_ptr + cols, mask=inside, other=0.0) * unbiased * factor
+        mean += tl.load(running_mean_ptr + cols, mask=inside, other=0.0) * (1.0 - factor)
+        var += tl.load(running_var_ptr + cols, mask=inside, other=0.0) * (1.0 - factor)
+        tl.store(running_mean_ptr + cols, mean, mask=inside)
+        tl.store(running_var_ptr + cols, var, mask=inside)
+    tl.store(batches_ptr, batches)
+
+
+def move(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    num_batches_tracked: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    unbiased: float,
+    momentum: float | None,
+) -> None:
+    """Launch the update of the three buffers; the batch's variance is var*unbiased."""
+    c = mean.shape[0]
+    block = min(triton.next_power_of_2(c), TRACK_CHANNELS)
+    buffers = (running_mean, running_var, num_batches_tracked)
+    args = (*buffers, mean.contiguous(), var.contiguous(), c, momentum or 0.0, unbiased)
+    run(_track_kernel, (1,), *args, CUMULATIVE=momentum is None, BLOCK_C=block)
+
+
+@torch.library.custom_op(
+    "lapis::track", mutates_args=("running_mean", "running_var", "num_batches_tracked")
+)
+def _track_op(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    num_batches_tracked: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    unbiased: float,
+    momentum: float | None,
+) -> None:
+    if runs_triton(mean):
+        move(running_mean, running_var, num_batches_tracked, mean, var, unbiased, momentum)
+        return
+    num_batches_tracked += 1
+    factor = 1.0 / num_batches_tracked.float() if momentum is None else momentum
+    running_mean.mul_(1.0 - factor).add_(mean * factor)
+    running_var.mul_(1.0 - factor).add_(var * unbiased * factor)
+
+
+def track(
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    num_batches_tracked: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    count: int,
+    momentum: float | None,
+) -> None:
+    """Move the buffers of a BatchNorm in place, as nn.BatchNorm2d does after a batch.
+
+    running_mean, running_var: float32 [C], contiguous. num_batches_tracked: int64 scalar.
+    mean, var: float32 [C], the batch's mean and biased variance over `count` values a channel.
+    momentum: the weight of the batch, None for the average of all batches (1 / their number).
+
+    Raises ValueError for another shape or dtype, and for a count of 1: it has no variance.
+    """
+    check(count != 1, lambda: "the unbiased variance needs more than one value per channel")
+    channels = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "var": var}
+    for name, value in channels.items():
+        check(
+            value.shape == running_mean.shape and value.dim() == 1 and value.dtype == torch.float32,
+            lambda name=name, value=value: (
+                f"{name} must be float32 [C], not {value.dtype} {tuple(value.shape)}"
+            ),
+        )
+    check(
+        running_mean.is_contiguous() and running_var.is_contiguous(),
+        lambda: "running_mean and running_var must be contiguous",
+    )
+    check(
+        num_batches_tracked.numel() == 1 and num_batches_tracked.dtype == torch.int64,
+        lambda: f"num_batches_tracked must be one int64, not {num_batches_tracked.dtype}",
+    )
+    buffers = (running_mean, running_var, num_batches_tracked)
+    _track_op(*buffers, mean.detach(), var.detach(), count / (count - 1), momentum)

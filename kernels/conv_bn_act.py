@@ -61,19 +61,15 @@ class Tile:
 
 
 # Largest first; a launch takes the first that gives every multiprocessor a program.
-# more than 64 filters, sm_80 / 90 / 100: up to 164 KB of shared memory; 256x128 spills
-WIDE = (
-    Tile(128, 128, 64, 8, 4),
-    Tile(128, 64, 64, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-)
-NARROW = (Tile(256, 64, 64, 8, 3), Tile(128, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4))
+# more than 64 filters, sm_80 / 90 / 100: up to 164 KB of shared memory; 256x128, and 128x128 in
+# 4 warps, spill. The last, for few pixels, goes deep: it runs alone on a multiprocessor
+WIDE = (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4), Tile(64, 128, 128, 4, 3))
 SMALL_WIDE = (  # sm_86 / 89 / 120: 99 KB
     Tile(128, 128, 32, 8, 4),
     Tile(128, 64, 64, 4, 3),
     Tile(64, 64, 64, 4, 3),
 )
-SMALL_NARROW = (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3))
+NARROW = (Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4))
 FLOAT32 = (Tile(64, 64, 16, 4, 2),)  # no matrix instructions: for checks
 
 
@@ -173,7 +169,9 @@ def _conv_kernel(
         y = rounded(acc, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=inside)
         y = tl.where((m < rows)[:, None], y.to(tl.float32), 0.0)
-        mean = tl.sum(y, axis=0) / tl.minimum(rows - tile * BLOCK_M, BLOCK_M)
+        # rounded: what the mean is off by would shift all its rows when the tiles are merged
+        count = tl.minimum(rows - tile * BLOCK_M, BLOCK_M).to(tl.float32)
+        mean = tl.div_rn(tl.sum(y, axis=0), count)
         away = tl.where((m < rows)[:, None], y - mean[None, :], 0.0)
         m2 = tl.sum(away * away, axis=0)
         store_partial(partials_ptr, mean, m2, tile, tl.cdiv(rows, BLOCK_M), k, K, k < K)
@@ -206,9 +204,9 @@ def tiles_for(capability: tuple[int, int], filters: int, dtype: torch.dtype) -> 
     """The tiles a GPU of `capability` chooses from, largest first."""
     if dtype == torch.float32:
         return FLOAT32
-    if capability in ((8, 6), (8, 9)) or capability >= (12, 0):
-        return SMALL_NARROW if filters <= 64 else SMALL_WIDE
-    return NARROW if filters <= 64 else WIDE
+    if filters <= 64:
+        return NARROW
+    return SMALL_WIDE if capability in ((8, 6), (8, 9)) or capability >= (12, 0) else WIDE
 
 
 def _programs(tile: Tile, rows: int, filters: int) -> int:

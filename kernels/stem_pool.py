@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD_TILE = Tile(1024, 4)
 FORWARD_ROWS = 4  # rows of windows a program walks down, each sharing a row of x with the next
 SUMS_TILE = Tile(2048, 4, 4)
-BACKWARD_TILE = Tile(1024, 4)
+BACKWARD_TILE = Tile(512, 4)
 
 
 def reference(

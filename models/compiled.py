@@ -153,6 +153,8 @@ def _compiled() -> SimpleNamespace:
         # dz feeds two sums: recompute it for each instead of writing it to memory in float32
         "realize_reads_threshold": 64,
         "realize_opcount_threshold": 1000,
+        # trust the processor's flags: compiling and loading a probe for each takes 8 seconds
+        "cpp.vec_isa_ok": True,
     }
     return SimpleNamespace(
         **{
@@ -178,9 +180,10 @@ def _channels(c: int) -> tuple[int, ...]:
 def _rows(x: Tensor) -> Tensor:
     """[N, C, H, W] of any strides -> [N*H, W, *channels], a view where x is channels-last."""
     n, c, h, w = x.shape
-    # detached: Dynamo would compile once more for a tensor that requires a gradient
-    x = x.detach().contiguous(memory_format=torch.channels_last)
-    return x.permute(0, 2, 3, 1).view(n * h, w, *_channels(c))
+    x = x.contiguous(memory_format=torch.channels_last)
+    # .data: Dynamo would tie a graph to whether its input requires a gradient and, for a view, to
+    # the sizes of its base
+    return x.permute(0, 2, 3, 1).view(n * h, w, *_channels(c)).data
 
 
 def _image(rows: Tensor, shape: torch.Size) -> Tensor:

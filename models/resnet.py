@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import BasicBlock, PlainBlock
-from models.units import BatchNormAct, set_backend
+from models.units import BatchNormAct, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -50,8 +50,10 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        x = self.bn1(x) if self.maxpool is None else self.bn1.pooled(x, self.maxpool)
+        if self.maxpool is None:
+            x = self.bn1(self.conv1(x))
+        else:
+            x = stem(self.conv1, self.bn1, self.maxpool, x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.dropout(self.avgpool(x).flatten(1)))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.activation import REFERENCE
+from kernels.bn_stats import track
 from models import compiled
 
 BACKENDS = ("eager", "auto", "compile", "triton")
@@ -131,10 +132,14 @@ class BatchNormAct(nn.BatchNorm2d):
             residual_norm._track(*statistics[2:], count)
         return y
 
-    def pooled(self, x: Tensor, pool: nn.MaxPool2d) -> Tensor:
-        """pool(act(batch_norm(x))): the stem; one pass where the kernels run. x [N, C, H, W]."""
-        window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        if self.backend != "triton" or window != (3, 2, 1, 1, False):
+    def pooled(
+        self, x: Tensor, pool: nn.MaxPool2d, stats: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """pool(act(batch_norm(x))); one pass where the kernels run. x [N, C, H, W].
+
+        stats: mean and biased variance [C] of x, where the convolution has delivered them.
+        """
+        if not self._fuses(pool):
             return pool(self(x))
         batch_statistics = self._uses_batch_statistics()
         if batch_statistics:
@@ -148,9 +153,14 @@ class BatchNormAct(nn.BatchNorm2d):
             act=self.act,
             training=batch_statistics,
             eps=self.eps,
+            stats=stats,
         )
         self._track(mean, var, x.numel() // x.shape[1])
         return y
+
+    def _fuses(self, pool: nn.MaxPool2d) -> bool:
+        window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        return self.backend == "triton" and window == (3, 2, 1, 1, False)
 
     def _eager(
         self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None"
@@ -181,7 +191,42 @@ class BatchNormAct(nn.BatchNorm2d):
         """Move the running statistics as nn.BatchNorm2d does; `var` is the biased variance."""
         if not (self.training and self.track_running_stats):
             return
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
+        if self.backend == "triton":
+            track(*buffers, mean, var, count, self.momentum)
+            return
         self.num_batches_tracked.add_(1)
         weight = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, weight)
         self.running_var.lerp_(var * (count / (count - 1)), weight)
+
+
+def stem(conv: nn.Conv2d, norm: BatchNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """pool(act(batch_norm(conv(x)))) for images x [N, C, H, W].
+
+    Where the kernels run, a convolution of images delivers the batch statistics with its output.
+    cuDNN is quicker on every other convolution, and on this one in float32.
+    """
+    if norm._fuses(pool) and norm._uses_batch_statistics() and _delivers_statistics(conv, x):
+        stride, padding = conv.stride[0], conv.padding[0]
+        y, *stats = kernels.conv_stats(x, conv.weight, stride=stride, padding=padding)
+        return norm.pooled(y, pool, tuple(stats))
+    return norm.pooled(conv(x), pool)
+
+
+def _delivers_statistics(conv: nn.Conv2d, x: Tensor) -> bool:
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    (stride, *strides), padding = conv.stride, conv.padding
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and conv.in_channels <= 4
+        and conv.out_channels % 8 == 0
+        and conv.bias is None
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and strides == [stride]
+        and isinstance(padding, tuple)
+        and padding[0] == padding[1]
+    )

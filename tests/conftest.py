@@ -13,6 +13,8 @@ def _has_cuda() -> bool:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", ask], check=False).returncode == 0
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of their own would only queue
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 HAS_CUDA = _has_cuda()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import bn_stats
-from kernels.bn_stats import Tile, batch_statistics, merge
+from kernels.bn_stats import FOLD_ABOVE, Tile, batch_statistics, merge, track
 from kernels.launch import record, runs_triton
 from kernels.shapes import EDGES, STAGES
 from tests.helpers import DEVICE
@@ -73,15 +73,89 @@ def test_any_layout_gives_the_same_bits(generator):
 
 
 @pytest.mark.skipif(not runs_triton(torch.empty(0, device=DEVICE)), reason="needs Triton")
-def test_merges_the_tiles_of_a_convolution(generator):
-    # one partial a tile of 16 rows, more partials than the merge holds at once, a short last tile
-    rows, m, c = 16, 16 * 600 + 5, 12
+@pytest.mark.parametrize(("rows", "tiles"), [(16, 600), (4, FOLD_ABOVE + 77)])
+def test_merges_the_tiles_of_a_convolution(rows, tiles, generator):
+    # one partial a tile, more of them than the merge holds at once, a short last tile
+    m, c = rows * tiles + rows - 1, 12
     x = torch.randn((m, c), generator=generator) + 50
-    tiles = x.split(rows)
-    means = torch.stack([t.double().mean(0) for t in tiles])
-    m2 = torch.stack([((t - t.double().mean(0)) ** 2).sum(0) for t in tiles])
-    found = merge(torch.stack((means, m2)).float().to(DEVICE), m, rows)
+    x[:, 3] = 7.25
+    split = x.double().split(rows)
+    means = torch.stack([t.mean(0) for t in split])
+    m2 = torch.stack([((t - t.mean(0)) ** 2).sum(0) for t in split])
+    partials = torch.stack((means, m2)).float().to(DEVICE)
+    found = merge(partials, m, rows)
     assert_statistics(found, x.t()[None, :, :, None])
+    assert found[0, 3] == 7.25
+    assert found[1, 3] == 0
+    assert torch.equal(merge(partials, m, rows), found)
+
+
+def test_many_tiles_are_folded_first():
+    partials = torch.empty((2, 12544, 64), device="meta")
+    with record() as recording:
+        merge(partials, 12544 * 128, 128)
+    fold, merging = recording.launches
+    assert fold.grid[0] >= 132
+    assert merging.args[0].shape[1] < 512
+    # partials of several tiles each cannot be: their rows are not where folded ones would lie
+    with record() as recording:
+        merge(partials, 2 * 12544 * 128, 128)
+    assert len(recording.launches) == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+def test_tracks_as_batch_norm(momentum, generator):
+    norm = torch.nn.BatchNorm2d(1030, momentum=momentum)  # more channels than a step takes
+    buffers = [buffer.clone().to(DEVICE) for buffer in norm.buffers()]
+    for _ in range(3):
+        x = 3 * torch.randn((2, 1030, 2, 3), generator=generator) + 1
+        norm(x)
+        var, mean = torch.var_mean(x.to(DEVICE), (0, 2, 3), correction=0)
+        track(*buffers, mean, var, 12, momentum)
+    for ours, theirs in zip(buffers, norm.buffers(), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=2e-6, atol=1e-6)
+    assert buffers[2] == 3
+
+
+def test_without_triton_tracking_is_the_formula(generator, monkeypatch):
+    def run(momentum):
+        drawn = torch.rand((4, 8), generator=generator.manual_seed(5)).to(DEVICE)
+        batches = torch.tensor(4, device=DEVICE)
+        track(drawn[0], drawn[1], batches, drawn[2], drawn[3], 7, momentum)
+        return drawn, batches
+
+    for momentum in (0.3, None):
+        expected, _ = run(momentum)
+        with monkeypatch.context() as patch:
+            patch.setattr(bn_stats, "runs_triton", lambda tensor: False)
+            found, batches = run(momentum)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+        assert batches == 5
+
+
+def test_tracking_is_one_launch():
+    c = torch.empty(512, device="meta")
+    with record() as recording:
+        bn_stats.move(c, c, torch.empty((), dtype=torch.int64, device="meta"), c, c, 1.0, None)
+    assert len(recording.launches) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 1}, "more than one value"),
+        ({"mean": torch.ones(4)}, r"mean must be float32 \[C\], not torch.float32 \(4,\)"),
+        ({"running_var": torch.ones(8).half()}, "running_var must be float32"),
+        ({"running_mean": torch.ones(16)[::2]}, "must be contiguous"),
+        ({"num_batches_tracked": torch.ones(())}, "must be one int64"),
+    ],
+)
+def test_tracking_names_bad_input(change, message):
+    names = ("running_mean", "running_var", "mean", "var")
+    inputs = {name: torch.ones(8, device=DEVICE) for name in names}
+    inputs |= {"num_batches_tracked": torch.tensor(0), "count": 6, "momentum": 0.1}
+    with pytest.raises(ValueError, match=message):
+        track(**inputs | change)
 
 
 def test_empty_batch_is_zero():
@@ -92,6 +166,9 @@ def test_opcheck(generator):
     x = torch.randn((2, 8, 3, 5), generator=generator).to(DEVICE)
     torch.library.opcheck(batch_statistics, (x, None))
     torch.library.opcheck(batch_statistics, (x, x + 1))
+    c = [torch.rand(8, generator=generator).to(DEVICE) for _ in range(4)]
+    batches = torch.tensor(3, device=DEVICE)
+    torch.library.opcheck(bn_stats._track_op, (c[0], c[1], batches, c[2], c[3], 1.5, 0.1))
 
 
 def test_enough_programs_on_132_multiprocessors():

@@ -265,10 +265,9 @@ from models import compiled
 import torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
+    torch.empty(2**24).fill_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-torch.ones(2**24)
-print(faults())
+print(min(faults() for _ in range(8)))
 """
 
 

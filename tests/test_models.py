@@ -145,7 +145,9 @@ def test_backends_train_alike(name, backend):
     for (key, value), expected in zip(
         other.state_dict().items(), eager.state_dict().values(), strict=True
     ):
-        torch.testing.assert_close(value, expected, rtol=5e-3, atol=5e-3, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            value, expected, rtol=5e-3, atol=5e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )
     eager.eval(), other.eval()
     torch.testing.assert_close(other(data[0][0]), eager(data[0][0]), rtol=5e-3, atol=5e-3)
 
@@ -165,6 +167,38 @@ def test_running_statistics_as_batch_norm(backend, momentum):
     assert ours.num_batches_tracked == 3
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stem_takes_statistics_from_its_convolution(dtype, monkeypatch):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+    pool = torch.nn.MaxPool2d(3, 2, 1)
+    eager = BatchNormAct(8)
+    ours = set_backend(copy.deepcopy(eager), "triton")
+    x, calls, conv_stats = torch.randn(2, 3, 19, 18), [], units.kernels.conv_stats
+
+    def counted(*args, **options):
+        calls.append(args)
+        return conv_stats(*args, **options)
+
+    monkeypatch.setattr(units.kernels, "conv_stats", counted)
+    results = []
+    for norm in (eager, ours):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = units.stem(conv, norm, pool, x)
+        (y.float() ** 2).sum().backward()
+        results.append((y, conv.weight.grad, norm.weight.grad, norm.running_mean, norm.running_var))
+        conv.weight.grad = None
+    tolerance = 5e-5 if dtype == torch.float32 else 3e-2
+    for value, expected in zip(results[1], results[0], strict=True):
+        assert value.dtype == expected.dtype
+        away = (value.float() - expected.float()).norm()
+        assert away <= tolerance * expected.float().norm()
+    assert len(calls) == (dtype == torch.bfloat16)
+    ours.eval()
+    units.stem(conv, ours, pool, x)
+    assert len(calls) == (dtype == torch.bfloat16)
 
 
 def test_one_value_per_channel_is_refused():

@@ -49,6 +49,11 @@ def prepare(config: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def default_workers(device: torch.device) -> int:
+    """Threads for the loader: one beside a training on the CPU, more where a GPU waits for data."""
+    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
 def device_name(device: torch.device) -> str:
     """Name of the GPU, or of the processor with the number of threads in use."""
     if device.type == "cuda":

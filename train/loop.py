@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.config import OptimConfig
 from train.data.augment import mixup
 from train.data.loader import Batch, Loader
 from train.errors import LapisError
+from train.graphs import graphed_forward
 from train.optim import WeightAverage, build_optimizer, build_schedule
 
 
@@ -51,7 +53,8 @@ class Training:
     """Everything that changes while a run trains: what a checkpoint holds.
 
     model: on its device already. total_steps: steps of the whole run, for the schedule.
-    amp_dtype: bfloat16, float16 or None for full precision.
+    amp_dtype: bfloat16, float16 or None for full precision. cuda_graph: replay forward and backward
+        from a CUDA graph, captured at the first step.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Training:
         amp_dtype: torch.dtype | None,
         mixup_alpha: float = 0.0,
         seed: int = 0,
+        cuda_graph: bool = False,
     ):
         self.model = model
+        self.forward: Callable[[Tensor], Tensor] | None = None if cuda_graph else model
         self.config = config
         self.device = next(model.parameters()).device
         self.amp_dtype = amp_dtype
@@ -87,6 +92,7 @@ class Training:
 
     def train_step(self, batch: Batch, epoch: int, number: int) -> Step:
         """One update of the weights from one batch."""
+        self.model.train()
         lam, permutation = mixup(
             len(batch.labels), self.mixup_alpha, seed=self.seed, epoch=epoch, batch=number
         )
@@ -95,10 +101,12 @@ class Training:
             permutation = torch.from_numpy(permutation).to(self.device)
             images, others = images.lerp(images[permutation], 1.0 - lam), labels[permutation]
 
+        if self.forward is None:
+            self.forward = self._capture(images)
+
         # ---- the training step ------------------------------------------------------------------
-        self.model.train()
         with self.autocast():
-            logits = self.model(images)
+            logits = self.forward(images)
         loss = self.loss(logits, labels)
         if others is not None:
             loss = lam * loss + (1.0 - lam) * self.loss(logits, others)
@@ -121,6 +129,14 @@ class Training:
                 correct = lam * correct + (1.0 - lam) * (predicted == others).sum()
         return Step(number, len(labels), loss.detach(), correct)
 
+    def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        try:
+            return graphed_forward(self.model, images, self.amp_dtype)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[0]
+            warnings.warn(f"no CUDA graph ({reason}): every kernel is launched", stacklevel=2)
+            return self.model
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in float32. logits [N, K], labels int64 [N]."""
         smoothing = self.config.label_smoothing
@@ -140,6 +156,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "average_updates": 0 if self.average is None else self.average.updates,
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "history": self.history,
             "best": self.best,
         }
@@ -155,6 +172,8 @@ class Training:
                 value.copy_(state["weights"][name])
             self.average.updates = state["average_updates"]
         torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.history = state["history"]
         self.best = state["best"]
 

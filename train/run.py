@@ -27,7 +27,14 @@ from train.config import RECIPES, Config, check, from_dict, requested_backend, t
 from train.data import Photos, limit_photos, load_images, open_photos, split_photos
 from train.data.loader import Loader
 from train.data.split import Split
-from train.environment import choose_amp, choose_device, device_name, prepare, versions
+from train.environment import (
+    choose_amp,
+    choose_device,
+    default_workers,
+    device_name,
+    prepare,
+    versions,
+)
 from train.errors import CheckpointError, LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
 from train.loop import Listener, NonFiniteLoss, Training, fit
@@ -151,7 +158,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         "seed": config.run.seed,
         "dtype": amp_dtype or torch.float32,
         "channels_last": config.run.channels_last,
-        "workers": data.workers,
+        "workers": data.workers if data.workers is not None else default_workers(device),
         "device": device,
     }
     train_loader = Loader(
@@ -179,6 +186,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         amp_dtype=amp_dtype,
         mixup_alpha=data.mixup,
         seed=config.run.seed,
+        cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
     if resumed is not None:
         training.restore(resumed)
