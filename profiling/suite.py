@@ -128,7 +128,8 @@ def _numerics(name: str, batch: str, settings: Settings) -> list[str]:
     room = spec.launch.__module__.removeprefix("kernels.")
     tests = ROOT / "tests" / f"test_{room}.py"
     if torch.cuda.is_available() and find_spec("pytest") and tests.exists():
-        return ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(tests)]
+        options = ["-q", "-n2", "--tb=short", "-p", "no:cacheprovider"]
+        return ["-m", "pytest", *options, str(tests)]
     out = ["--out", str(settings.out)]
     return ["-m", "profiling.kernel_speed", "--check", "--kernel", name, "--batch", batch, *out]
 

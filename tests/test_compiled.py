@@ -265,16 +265,17 @@ from models import compiled
 import torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**24).fill_(1.0)
+    kept = [torch.empty(n * 2**20).fill_(1.0) for n in (12, 3, 12, 3, 6, 6)]
+    kept = [tensor + 1 for tensor in kept]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(8)))
+print([faults() for _ in range(8)][-1])
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
-def test_tuned_allocator_reuses_pages():
+def test_tuned_allocator_reuses_pages_once_it_has_settled():
     def page_faults(call):
         command = [sys.executable, "-W", "ignore", "-c", FAULTS.format(call=call)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert page_faults("compiled.tune_allocator()") < 100 < page_faults("")
+    assert page_faults("compiled.tune_allocator()") < 1000 < 10_000 < page_faults("")
