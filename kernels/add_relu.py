@@ -15,7 +15,7 @@ the storage type before the activation, as in eager PyTorch.
 import torch
 
 from kernels.activation import ACTS, MASK_ACTS, REFERENCE, activate, activate_grad
-from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -58,7 +58,7 @@ def forward(a: torch.Tensor, b: torch.Tensor, act: str) -> torch.Tensor:
     a, b = nhwc(a), nhwc(b)
     y = empty_nhwc(*a.shape, like=a)
     if y.numel():
-        grid = (triton.cdiv(y.numel(), BLOCK),)
+        grid = (cdiv(y.numel(), BLOCK),)
         run(_forward_kernel, grid, a, b, y, y.numel(), ACT=act, BLOCK=BLOCK)
     return y
 
@@ -72,7 +72,7 @@ def backward(
     addend = None if addend is None else nhwc(addend)
     dz = empty_nhwc(*z.shape, like=z)
     if dz.numel():
-        grid = (triton.cdiv(dz.numel(), BLOCK),)
+        grid = (cdiv(dz.numel(), BLOCK),)
         has_b = addend is not None
         args = (dy, z, addend if has_b else z, dz, dz.numel())
         run(_backward_kernel, grid, *args, ACT=act, HAS_B=has_b, BLOCK=BLOCK)

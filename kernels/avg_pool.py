@@ -14,7 +14,7 @@ Triton cannot run the op is `reference`.
 
 import torch
 
-from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -72,7 +72,7 @@ def forward(x: torch.Tensor) -> torch.Tensor:
     n, c, h, w = x.shape
     y = x.new_empty(n, c)
     if y.numel():
-        grid = (n, triton.cdiv(c, BLOCK_C))
+        grid = (n, cdiv(c, BLOCK_C))
         run(_forward_kernel, grid, x, y, c, h * w, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
     return y
 
@@ -82,7 +82,7 @@ def backward(dy: torch.Tensor, height: int, width: int) -> torch.Tensor:
     n, c = dy.shape
     dx = empty_nhwc(n, c, height, width, like=dy)
     if dx.numel():
-        grid = (n, triton.cdiv(c, BLOCK_C))
+        grid = (n, cdiv(c, BLOCK_C))
         args = (dy, dx, *dy.stride(), c, height * width)
         run(_backward_kernel, grid, *args, BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P)
     return dx

@@ -9,7 +9,7 @@ import torch
 
 from kernels.activation import activate, activate_grad
 from kernels.bn_stats import Tile, tile_position
-from kernels.launch import empty_nhwc, nhwc, run, tl, triton
+from kernels.launch import cdiv, empty_nhwc, next_power_of_2, nhwc, run, tl, triton
 from kernels.numerics import rounded
 
 # by bytes of an element
@@ -266,7 +266,7 @@ def forward(
         block_m, block_c = tile.blocks(c)
         run(
             _forward_kernel,
-            (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),),
+            (cdiv(m, block_m) * cdiv(c, block_c),),
             *(x, *norm),
             *(x if residual is None else nhwc(residual), *(r_norm or norm)),
             *(y, mask, m, c, eps, r_eps),
@@ -319,7 +319,7 @@ def backward(
     )
     run(
         _sums_kernel,
-        (programs * triton.cdiv(c, block_c),),
+        (programs * cdiv(c, block_c),),
         *(dy, *branches, mask, dx, dr, partials, m, c, programs, eps, r_eps),
         ACT=act,
         # an identity's sum is not needed to know its gradient
@@ -334,12 +334,12 @@ def backward(
     _, weight, _, _, var, _, r_weight, _, _, r_var = branches
     run(
         _coefficients_kernel,
-        (triton.cdiv(c, MERGE_CHANNELS),),
+        (cdiv(c, MERGE_CHANNELS),),
         *(partials, weight, var, r_weight, r_var, dparams, coefficients),
         *(m, c, programs, eps, r_eps),
         HAS_NORM=has_norm,
         FROZEN=not training,
-        BLOCK_P=min(triton.next_power_of_2(programs), MERGE_PARTIALS),
+        BLOCK_P=min(next_power_of_2(programs), MERGE_PARTIALS),
         BLOCK_C=MERGE_CHANNELS,
         num_warps=8,
     )
@@ -348,7 +348,7 @@ def backward(
         block_m, block_c = tile.blocks(c)
         run(
             _apply_kernel,
-            (triton.cdiv(m, block_m) * triton.cdiv(c, block_c),),
+            (cdiv(m, block_m) * cdiv(c, block_c),),
             *(dr if write_dz else dy, *branches, coefficients, dx, dr, m, c, eps, r_eps),
             ACT="identity" if write_dz else act,  # what the first pass wrote is dz
             HAS_NORM=has_norm,

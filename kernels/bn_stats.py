@@ -26,7 +26,17 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.launch import check, multiprocessors, nhwc, run, runs_triton, tl, triton
+from kernels.launch import (
+    cdiv,
+    check,
+    multiprocessors,
+    next_power_of_2,
+    nhwc,
+    run,
+    runs_triton,
+    tl,
+    triton,
+)
 
 MERGE_PARTIALS, MERGE_CHANNELS = 512, 8  # 8 float32 fill a 32-byte sector
 FOLD_ABOVE, FOLDED = 2048, 128  # partials, one a tile, that one program a sector takes too long for
@@ -44,15 +54,15 @@ class Tile(NamedTuple):
 
     def blocks(self, channels: int) -> tuple[int, int]:
         """BLOCK_M and BLOCK_C: up to 64 channels side by side, 128 bytes of bf16."""
-        block_c = min(max(8, triton.next_power_of_2(channels)), 64)
+        block_c = min(max(8, next_power_of_2(channels)), 64)
         return self.elements // block_c, block_c
 
     def reducing(self, m: int, channels: int, device: torch.device) -> int:
         """Programs that share the rows of one column of tiles."""
         block_m, block_c = self.blocks(channels)
-        columns = triton.cdiv(channels, block_c)
+        columns = cdiv(channels, block_c)
         share = self.programs * multiprocessors(device) // columns
-        return max(1, min(triton.cdiv(m, block_m), share))
+        return max(1, min(cdiv(m, block_m), share))
 
 
 # by bytes of an element
@@ -186,7 +196,7 @@ def _merge(
 ) -> torch.Tensor:
     _, count, c = partials.shape
     merged = torch.empty((2, groups, c), dtype=torch.float32, device=partials.device)
-    grid = (triton.cdiv(c, block_c) * groups,)
+    grid = (cdiv(c, block_c) * groups,)
     args = (partials, merged, m, c, rows, count, groups)
     run(_merge_kernel, grid, *args, VARIANCE=groups == 1, BLOCK_P=block_p, BLOCK_C=block_c,
         num_warps=8)  # fmt: skip
@@ -198,10 +208,10 @@ def merge(partials: torch.Tensor, m: int, rows: int) -> torch.Tensor:
     rows; returns float32 [2, C]: mean and biased variance."""
     count = partials.shape[1]
     # partials of one tile each fold to partials of the tiles g, g + FOLDED, ...: the same order
-    if count > FOLD_ABOVE and count == triton.cdiv(m, rows):
+    if count > FOLD_ABOVE and count == cdiv(m, rows):
         partials = _merge(partials, m, rows, FOLDED, FOLD_PARTIALS, FOLD_CHANNELS)
         count = FOLDED
-    block_p = min(triton.next_power_of_2(count), MERGE_PARTIALS)
+    block_p = min(next_power_of_2(count), MERGE_PARTIALS)
     return _merge(partials, m, rows, 1, block_p, MERGE_CHANNELS)[:, 0]
 
 
@@ -219,7 +229,7 @@ def statistics(x: torch.Tensor, r: torch.Tensor | None = None) -> torch.Tensor:
     partials = torch.empty((2, programs, tensors * c), dtype=torch.float32, device=x.device)
     run(
         _stats_kernel,
-        (programs * triton.cdiv(c, block_c),),
+        (programs * cdiv(c, block_c),),
         x,
         x if r is None else nhwc(r),
         partials,
@@ -291,7 +301,7 @@ def move(
 ) -> None:
     """Launch the update of the three buffers; the batch's variance is var*unbiased."""
     c = mean.shape[0]
-    block = min(triton.next_power_of_2(c), TRACK_CHANNELS)
+    block = min(next_power_of_2(c), TRACK_CHANNELS)
     buffers = (running_mean, running_var, num_batches_tracked)
     args = (*buffers, mean.contiguous(), var.contiguous(), c, momentum or 0.0, unbiased)
     run(_track_kernel, (1,), *args, CUMULATIVE=momentum is None, BLOCK_C=block)

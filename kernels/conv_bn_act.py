@@ -32,6 +32,7 @@ from kernels.activation import ACTS, REFERENCE, activate
 from kernels.bn_stats import merge, store_partial
 from kernels.launch import (
     capability,
+    cdiv,
     check,
     empty_nhwc,
     multiprocessors,
@@ -210,7 +211,7 @@ def tiles_for(capability: tuple[int, int], filters: int, dtype: torch.dtype) -> 
 
 
 def _programs(tile: Tile, rows: int, filters: int) -> int:
-    return triton.cdiv(rows, tile.block_m) * triton.cdiv(filters, tile.block_n)
+    return cdiv(rows, tile.block_m) * cdiv(filters, tile.block_n)
 
 
 def _choose(x: torch.Tensor, filters: int, rows: int) -> Tile:
@@ -224,7 +225,7 @@ def _pack(x: torch.Tensor, columns: int, padding: int) -> torch.Tensor:
     packed = torch.empty((n, h, columns, IMAGE_CHANNELS), dtype=x.dtype, device=x.device)
     pixels = n * h * columns
     sizes = {"W": w, "C": c, "COLUMNS": columns, "PAD_W": padding, "CHANNELS": IMAGE_CHANNELS}
-    run(_pack_kernel, (triton.cdiv(pixels, 1024),), x, packed, pixels, **sizes, BLOCK=1024)
+    run(_pack_kernel, (cdiv(pixels, 1024),), x, packed, pixels, **sizes, BLOCK=1024)
     return packed
 
 
@@ -269,7 +270,7 @@ def forward_stats(
     if not rows:
         return y, torch.zeros((2, k), dtype=torch.float32, device=x.device)
     tile = tile or _choose(x, k, rows)
-    tiles = triton.cdiv(rows, tile.block_m)
+    tiles = cdiv(rows, tile.block_m)
     partials = torch.empty((2, tiles, k), dtype=torch.float32, device=x.device)
     flags = {"STATS": True, "HAS_RESIDUAL": False, "ACT": "identity"}
     _convolve(x, weight, y, stride, padding, tile, (partials, y, y, y), **flags)

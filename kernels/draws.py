@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from kernels.launch import run, tl, triton
+from kernels.launch import cdiv, run, tl, triton
 
 CROP, TURN, COLOUR = (tl.constexpr(draw) for draw in range(3))
 PARAMETERS = 9
@@ -150,5 +150,5 @@ def draw(
     parameters = indices.new_empty(PARAMETERS, batch, dtype=torch.float32)
     factors = (area, math.log2(ratio), math.radians(degrees), colour, store / size)
     args = (indices, epoch, parameters, seed, *factors, store, size / 2 - 0.5, batch)
-    run(_draw_kernel, (triton.cdiv(batch, BLOCK_B),), *args, BLOCK_B=BLOCK_B)
+    run(_draw_kernel, (cdiv(batch, BLOCK_B),), *args, BLOCK_B=BLOCK_B)
     return parameters

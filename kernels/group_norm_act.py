@@ -25,7 +25,18 @@ import torch.nn.functional as F
 
 from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
 from kernels.bn_stats import Tile, _moments, store_partial, tile_position
-from kernels.launch import check, empty_nhwc, multiprocessors, nhwc, run, runs_triton, tl, triton
+from kernels.launch import (
+    cdiv,
+    check,
+    empty_nhwc,
+    multiprocessors,
+    next_power_of_2,
+    nhwc,
+    run,
+    runs_triton,
+    tl,
+    triton,
+)
 from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -230,13 +241,13 @@ def _plan(x: torch.Tensor) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_C and the slices of an image that give every multiprocessor enough to do."""
     n, c, h, w = x.shape
     block_m, block_c = REDUCING.blocks(c)
-    wanted = triton.cdiv(REDUCING.programs * multiprocessors(x.device), n * triton.cdiv(c, block_c))
-    return block_m, block_c, min(triton.cdiv(h * w, block_m), wanted)
+    wanted = cdiv(REDUCING.programs * multiprocessors(x.device), n * cdiv(c, block_c))
+    return block_m, block_c, min(cdiv(h * w, block_m), wanted)
 
 
 def _merge_blocks(programs: int, group: int) -> dict[str, int]:
-    block_k = triton.next_power_of_2(group)
-    block_p = min(triton.next_power_of_2(programs), max(1, MERGE_ELEMENTS // block_k))
+    block_k = next_power_of_2(group)
+    block_p = min(next_power_of_2(programs), max(1, MERGE_ELEMENTS // block_k))
     return {
         "BLOCK_P": block_p,
         "BLOCK_K": block_k,
@@ -247,7 +258,7 @@ def _merge_blocks(programs: int, group: int) -> dict[str, int]:
 def _apply_launch(x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     n, c, h, w = x.shape
     block_m, block_c = APPLYING.blocks(c)
-    grid = (triton.cdiv(h * w, block_m) * triton.cdiv(c, block_c), n)
+    grid = (cdiv(h * w, block_m) * cdiv(c, block_c), n)
     return grid, {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": APPLYING.warps}
 
 
@@ -271,7 +282,7 @@ def forward(
     block_m, block_c, programs = _plan(x)
     partials = torch.empty(n, 2, programs, c, dtype=torch.float32, device=x.device)
     run(
-        _statistics_kernel, (programs * triton.cdiv(c, block_c), n), x, partials, hw, c, programs,
+        _statistics_kernel, (programs * cdiv(c, block_c), n), x, partials, hw, c, programs,
         BLOCK_M=block_m, BLOCK_C=block_c, num_warps=REDUCING.warps,
     )  # fmt: skip
     run(
@@ -310,7 +321,7 @@ def backward(
     block_m, block_c, programs = _plan(x)
     partials = torch.empty(n, programs, 2, c, dtype=torch.float32, device=x.device)
     run(
-        _sums_kernel, (programs * triton.cdiv(c, block_c), n),
+        _sums_kernel, (programs * cdiv(c, block_c), n),
         dy, x, nhwc(residual) if has_residual else x, *affine, dz, partials,
         hw, c, num_groups, programs,
         ACT=act, HAS_RESIDUAL=has_residual, BLOCK_M=block_m, BLOCK_C=block_c,

@@ -24,7 +24,7 @@ above MAX_CLASSES classes, the op is `reference`.
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import check, run, runs_triton, tl, triton
+from kernels.launch import cdiv, check, next_power_of_2, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
@@ -139,8 +139,8 @@ def _backward_kernel(
 
 def _tiles(batch: int, classes: int, most: int) -> dict[str, int]:
     """Rows and columns of a program that takes on at most `most` padded logits, and its warps."""
-    columns = triton.next_power_of_2(classes)
-    rows = min(triton.next_power_of_2(batch), max(1, most // columns))
+    columns = next_power_of_2(classes)
+    rows = min(next_power_of_2(batch), max(1, most // columns))
     warps = min(16, max(1, rows * columns // 512))
     return {"BLOCK_N": rows, "BLOCK_K": columns, "num_warps": 1 << (warps.bit_length() - 1)}
 
@@ -156,7 +156,7 @@ def forward(
     n, k = logits.shape
     one = _tiles(n, k, ONE_PROGRAM)
     tiles = one if one["BLOCK_N"] >= n else _tiles(n, k, SPLIT)
-    parts = triton.cdiv(n, tiles["BLOCK_N"])
+    parts = cdiv(n, tiles["BLOCK_N"])
     loss = logits.new_empty(parts, dtype=torch.float32)
     correct = labels.new_empty(parts)
     *mix, stride_lam = _mixed(labels, logits, labels_b, lam)
@@ -179,7 +179,7 @@ def backward(
     tiles = _tiles(n, k, SPLIT)  # no sum over the batch: small programs fill the device
     *mix, stride_lam = _mixed(labels, logits, labels_b, lam)
     args = (dloss, logits, labels, *mix, dz, stride_lam, smoothing, n, k)
-    grid = (triton.cdiv(n, tiles["BLOCK_N"]),)
+    grid = (cdiv(n, tiles["BLOCK_N"]),)
     run(_backward_kernel, grid, *args, MIXED=lam is not None, **tiles)
     return dz
 

@@ -27,7 +27,17 @@ import torch
 
 from kernels import draws
 from kernels.draws import MAX_DEGREES, Strength, draw
-from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.launch import (
+    cdiv,
+    check,
+    empty_nhwc,
+    next_power_of_2,
+    nhwc,
+    run,
+    runs_triton,
+    tl,
+    triton,
+)
 from kernels.numerics import rounded
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
@@ -274,7 +284,7 @@ def forward(
     y = empty_nhwc(batch, 3, size, size, like=images, dtype=dtype)
     if not y.numel():
         return y
-    tiles = triton.cdiv(size * size, BLOCK)
+    tiles = cdiv(size * size, BLOCK)
     shape = {"STORE": store, "SIZE": size, "TILES": tiles, "BLOCK": BLOCK}
     # what a variant has no use for is any pointer: the kernel does not follow it
     parameters = sums = images
@@ -292,7 +302,7 @@ def forward(
         TAPS=store // size if store % size == 0 else store // size + 2,
         HAS_WARP=strength is not None,
         HAS_COLOUR=has_colour,
-        BLOCK_T=triton.next_power_of_2(tiles),
+        BLOCK_T=next_power_of_2(tiles),
         **shape,
     )
     return y

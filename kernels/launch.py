@@ -21,8 +21,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS and Windows: the rooms still import, their references still work
-    triton = SimpleNamespace(jit=lambda fn: fn, cdiv=lambda a, b: -(-a // b))
-    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
+    triton = SimpleNamespace(jit=lambda fn: fn)
     tl = SimpleNamespace(constexpr=lambda value=None: value)
     TRITON_MISSING = True
 else:
@@ -153,6 +152,16 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     """Whether an op called with `tensor` launches kernels: on CUDA, or anywhere when Triton
     interprets."""
     return INTERPRET or (tensor.is_cuda and why_not_triton(tensor.device) is None)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, made for kernels too, costs microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def nhwc(x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
 from kernels.bn_stats import Tile, batch_statistics
-from kernels.launch import check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.shapes import STEM
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -301,7 +301,7 @@ def forward(
     y, x_max, index = _outputs(x, save)
     if y.numel():
         block_m, block_c = tile.blocks(c)
-        grid = (triton.cdiv(n * q, block_m) * triton.cdiv(p, rows), triton.cdiv(c, block_c))
+        grid = (cdiv(n * q, block_m) * cdiv(p, rows), cdiv(c, block_c))
         run(
             _forward_kernel, grid, x, weight, bias, mean, var, y, x_max, index,
             n, h, w, c, p, q, eps,
@@ -338,22 +338,22 @@ def backward(
 
     block_m, block_c = SUMS_TILE.blocks(c)
     programs = SUMS_TILE.reducing(rows, c, x.device)
-    per_program = triton.cdiv(triton.cdiv(rows, block_m), programs) * block_m
-    programs = triton.cdiv(rows, per_program)
+    per_program = cdiv(cdiv(rows, block_m), programs) * block_m
+    programs = cdiv(rows, per_program)
     partial = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
     coefficients = torch.empty(3, c, dtype=torch.float32, device=x.device)
     run(
-        _sums_kernel, (programs, triton.cdiv(c, block_c)), dy, x_max, *affine, partial,
+        _sums_kernel, (programs, cdiv(c, block_c)), dy, x_max, *affine, partial,
         rows, c, eps, per_program,
         ACT=act, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=SUMS_TILE.warps,
     )  # fmt: skip
     run(
-        _merge_kernel, (triton.cdiv(c, 8),), partial, weight, var, coefficients, dweight, dbias,
+        _merge_kernel, (cdiv(c, 8),), partial, weight, var, coefficients, dweight, dbias,
         programs, c, eps, float(n * h * w), BLOCK_P=128, BLOCK_C=8,
     )  # fmt: skip
     block_m, block_c = tile.blocks(c)
     run(
-        _backward_kernel, (triton.cdiv(rows, block_m), triton.cdiv(c, block_c)),
+        _backward_kernel, (cdiv(rows, block_m), cdiv(c, block_c)),
         dy, x, x_max, index, *affine, coefficients, dx, rows, h, w, c, p, q, eps,
         ACT=act, TRAINING=training, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=tile.warps,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Plain and residual networks whose blocks are written once and run eagerly, compiled or on Triton
 kernels."""
 
+from models.fusion import fuse, fuse_report
 from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
 from models.units import BACKENDS, Backend, BackendUnavailable, resolve_backend, set_backend
 
@@ -13,6 +14,8 @@ __all__ = [
     "BackendUnavailable",
     "ResNet",
     "build_model",
+    "fuse",
+    "fuse_report",
     "parameter_counts",
     "resolve_backend",
     "set_backend",

@@ -268,7 +268,7 @@ def faults():
     kept = [torch.empty(n * 2**20).fill_(1.0) for n in (12, 3, 12, 3, 6, 6)]
     kept = [tensor + 1 for tensor in kept]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([faults() for _ in range(8)][-1])
+print(sum([faults() for _ in range(12)][-4:]))
 """
 
 
@@ -278,4 +278,4 @@ def test_tuned_allocator_reuses_pages_once_it_has_settled():
         command = [sys.executable, "-W", "ignore", "-c", FAULTS.format(call=call)]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    assert page_faults("compiled.tune_allocator()") < 1000 < 10_000 < page_faults("")
+    assert 10 * page_faults("compiled.tune_allocator()") < page_faults("")

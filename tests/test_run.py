@@ -15,6 +15,8 @@ from PIL import Image
 
 from train import checkpoint, config, run
 from train.config import DEFAULT, RECIPES, from_dict, to_dict
+from train.data import load_images, open_photos
+from train.data.loader import Loader
 from train.errors import CheckpointError
 from train.optim import build_optimizer, build_schedule
 
@@ -125,10 +127,10 @@ def test_validation_is_that_of_the_kept_weights(finished, photos):
     model = run.build_model("micro_resnet", 3).eval()
     model.load_state_dict(best["weights"])
     settings = from_dict(best["config"])
-    pictures = run.open_photos(str(photos))
-    images, pictures = run.load_images(pictures, round(settings.data.image_size * 8 / 7))
+    pictures = open_photos(str(photos))
+    images, pictures = load_images(pictures, round(settings.data.image_size * 8 / 7))
     chosen = np.array([pictures.files.index(row["filename"]) for row in rows])
-    loader = run.Loader(
+    loader = Loader(
         images, pictures.labels, chosen, batch_size=7, image_size=32, dtype=torch.float32
     )
     right = sum(

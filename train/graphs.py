@@ -18,6 +18,8 @@ def graphed_forward(
     the model a few times on `images`; weights, buffers and the random state are as before.
     Raises RuntimeError when something in the model cannot be captured.
     """
+    # the capture's stream is not the one gradients are accumulated on; nothing waits for it
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.cuda.get_rng_state(images.device)
     try:

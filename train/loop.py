@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from train.config import OptimConfig
 from train.data.augment import mixup
@@ -130,6 +131,7 @@ class Training:
         return Step(number, len(labels), loss.detach(), correct)
 
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        tqdm.write("compiling the kernels and capturing the step: up to half a minute, once")
         try:
             return graphed_forward(self.model, images, self.amp_dtype)
         except RuntimeError as error:
@@ -194,7 +196,7 @@ def fit(
         if val_loader is not None:
             with evaluating(training) as model:
                 loss, confusion = evaluate(training, model, val_loader, num_classes)
-            accuracy = (confusion.diagonal().sum() / confusion.sum()).item()
+            accuracy = confusion.diagonal().sum().item() / confusion.sum().item()
             record |= {"val_loss": loss, "val_accuracy": accuracy}
             if training.best is None or accuracy > training.best["val_accuracy"]:
                 best = {"epoch": epoch, "val_accuracy": accuracy, "confusion": confusion.tolist()}

@@ -43,6 +43,7 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
             _line(axes, epochs, validation, VALIDATION, "validation")
         if len(epochs):
             axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _cut_spikes(loss, epochs, np.fmax(train_loss, val_loss))
     if np.isfinite(val_accuracy).any():
         best = int(np.nanargmax(val_accuracy))
         accuracy.plot(
@@ -115,10 +116,33 @@ def _draw_monitor(axes: Axes, epochs: np.ndarray, loss: np.ndarray, accuracy: np
         _line(other, epochs, accuracy, "#2f7d55", "accuracy gap, points (right)", dashed=True),
     ]
     for scale, values, least in ((axes, loss, 0.05), (other, accuracy, 2.0)):
-        reach = max(float(np.nanmax(np.abs(values))) * 1.45, least)  # room for the legend
+        reach = max(_usual_reach(np.abs(values)) * 1.45, least)  # room for the legend
         scale.set_ylim(-reach, reach)
     axes.legend(
         handles=lines, frameon=False, fontsize=8, labelcolor=INK, loc="lower left", borderpad=0
+    )
+
+
+def _usual_reach(values: np.ndarray) -> float:
+    """The largest value, or twice the 85th percentile where a spike would flatten the rest."""
+    return float(min(np.nanmax(values), 2 * np.nanpercentile(values, 85)))
+
+
+def _cut_spikes(axes: Axes, epochs: np.ndarray, highest: np.ndarray) -> None:
+    """Leave spikes, as of cold batch statistics, out of the scale and write their height."""
+    if not np.isfinite(highest).any() or _usual_reach(highest) == np.nanmax(highest):
+        return
+    axes.set_ylim(0, _usual_reach(highest))
+    peak = int(np.nanargmax(highest))
+    axes.annotate(
+        f"{highest[peak]:.3g}",
+        (epochs[peak], 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, -9),
+        ha="center",
+        textcoords="offset points",
+        fontsize=7.5,
+        color=SOFT,
     )
 
 

@@ -12,13 +12,12 @@ from train.loop import Listener, Step, Training
 class Progress(Listener):
     """images/s, loss, accuracy and the time left for the whole run."""
 
-    def __init__(self, epochs: int, batch_size: int, done: int = 0):
+    def __init__(self, epochs: int, done: int = 0):
         self.epochs = epochs
         self.done = done
         self.bar: tqdm | None = None
         self.started = time.perf_counter()
         self.first_epoch = done
-        self.batch_size = batch_size
 
     def epoch_started(self, epoch: int, steps: int) -> None:
         self.epoch_steps = steps

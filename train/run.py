@@ -1,9 +1,6 @@
 """The main job: `python -m train.run --model resnet34 --fused` trains on a folder of photos."""
 
-import csv
 import dataclasses
-import hashlib
-import io
 import shlex
 import sys
 import time
@@ -24,19 +21,10 @@ from models import (
 )
 from train import checkpoint
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
-from train.data import Photos, limit_photos, load_images, open_photos, split_photos
-from train.data.loader import Loader
-from train.data.split import Split
-from train.environment import (
-    choose_amp,
-    choose_device,
-    default_workers,
-    device_name,
-    prepare,
-    versions,
-)
-from train.errors import CheckpointError, LapisError, NumericError, OutOfMemoryError, UsageError
+from train.environment import choose_amp, choose_device, device_name, prepare, versions
+from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
+from train.inputs import Inputs, check_same_data, load_inputs, make_loaders
 from train.loop import Listener, NonFiniteLoss, Training, fit
 from train.progress import Progress
 from train.record import append_jsonl, create_run_folder, write_json
@@ -108,7 +96,10 @@ def _resumed(config: Config, argv: list[str]) -> Config:
     run = replace(
         old.run, resume=folder, out=folder, threads=config.run.threads, debug=config.run.debug
     )
-    return replace(old, run=run)
+    data = (
+        old.data if config.data.workers is None else replace(old.data, workers=config.data.workers)
+    )
+    return replace(old, run=run, data=data)
 
 
 def train(config: Config, command: str) -> dict[str, Any]:
@@ -117,74 +108,34 @@ def train(config: Config, command: str) -> dict[str, Any]:
     device = choose_device(config.run.device)
     amp_dtype = choose_amp(config.run.amp, device)
     prepare(config.run)
-
-    data = config.data
-    photos = open_photos(data.data, classes=data.classes, seed=config.run.seed)
-    if data.limit is not None:
-        photos = limit_photos(photos, data.limit, config.run.seed)
-    store = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
-    images, photos = load_images(photos, store)
-    for excluded in photos.excluded[:10]:
-        print(f"left out {excluded.file}: {excluded.reason}")
-    split = split_photos(
-        photos, val_fraction=data.val_fraction, kind=data.split, seed=config.run.seed
-    )
-    print(
-        f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
-        f"{len(split.train)} train, {len(split.val)} validation; "
-        f"{split.duplicate_groups} photos occur more than once"
-    )
+    inputs = load_inputs(config)
+    _announce(inputs)
+    train_loader, val_loader = make_loaders(inputs, config, amp_dtype or torch.float32, device)
 
     resumed = None
     if config.run.resume is not None:
         resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
-        _check_same_data(resumed, photos, split)
+        check_same_data(resumed, inputs)
         backend = Backend(resumed["backend"], resumed["backend_reason"])
     else:
-        pixels = (data.image_size / 224) ** 2
+        images = config.optim.epochs * len(inputs.split.train)
         backend = resolve_backend(
-            requested_backend(config), device, config.optim.epochs * len(split.train) * pixels
+            requested_backend(config), device, images * (config.data.image_size / 224) ** 2
         )
 
+    classes = list(inputs.photos.classes)
     torch.manual_seed(config.run.seed)
-    model = _build(config, len(photos.classes), backend, device)
+    model = _build(config, len(classes), backend, device)
     parameters, trainable = parameter_counts(model)
     precision = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     print(f"model: {config.model.model}, {parameters:,} parameters, {precision}, on {device}")
     print(f"backend: {backend.name} ({backend.reason})")
-
-    loader_options = {
-        "image_size": data.image_size,
-        "seed": config.run.seed,
-        "dtype": amp_dtype or torch.float32,
-        "channels_last": config.run.channels_last,
-        "workers": data.workers if data.workers is not None else default_workers(device),
-        "device": device,
-    }
-    train_loader = Loader(
-        images,
-        photos.labels,
-        split.train,
-        batch_size=config.optim.batch_size,
-        augment=data.augment,
-        shuffle=True,
-        **loader_options,
-    )
-    val_loader = None
-    if len(split.val):
-        val_loader = Loader(
-            images,
-            photos.labels,
-            split.val,
-            batch_size=config.optim.val_batch_size,
-            **loader_options,
-        )
     training = Training(
         model,
         config.optim,
         total_steps=config.optim.epochs * len(train_loader),
         amp_dtype=amp_dtype,
-        mixup_alpha=data.mixup,
+        mixup_alpha=config.data.mixup,
         seed=config.run.seed,
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
@@ -194,23 +145,25 @@ def train(config: Config, command: str) -> dict[str, Any]:
     else:
         folder = create_run_folder(config.run.out, config.model.model)
         write_json(folder / "config.json", {"command": command, **to_dict(config)})
-        write_atomically(folder / "split.csv", _split_csv(split))
+        write_atomically(folder / "split.csv", inputs.split_csv())
     print(f"run folder: {folder}")
 
     fixed = {
         "config": to_dict(config),
-        "classes": list(photos.classes),
+        "classes": classes,
         "backend": backend.name,
         "backend_reason": backend.reason,
-        "data_digest": _data_digest(photos, split),
+        "data_digest": inputs.digest(),
         "versions": versions(),
     }
-    recorder = Recorder(folder, fixed)
-    progress = Progress(config.optim.epochs, config.optim.batch_size, len(training.history))
+    listeners = [
+        Recorder(folder, fixed),
+        Progress(config.optim.epochs, done=len(training.history)),
+    ]
     try:
-        fit(training, train_loader, val_loader, len(photos.classes), [recorder, progress])
+        fit(training, train_loader, val_loader, len(classes), listeners)
     except NonFiniteLoss as error:
-        files = [photos.files[i] for i in error.indices]
+        files = [inputs.photos.files[i] for i in error.indices]
         write_json(folder / "bad_batch.json", files)
         raise NumericError(
             f"{error} (photos {', '.join(files[:3])}, ...; all in bad_batch.json): "
@@ -229,16 +182,8 @@ def train(config: Config, command: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "seed": config.run.seed,
         "recipe": config.run.recipe,
-        "split": {
-            "kind": split.kind,
-            "train": len(split.train),
-            "validation": len(split.val),
-            "groups": split.groups,
-            "duplicate_groups": split.duplicate_groups,
-            "leaked_share": split.leaked_share,
-            "excluded": len(photos.excluded),
-        },
-        "classes": list(photos.classes),
+        "split": inputs.facts(),
+        "classes": classes,
         "versions": fixed["versions"],
         "command": command,
     }
@@ -249,7 +194,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         summary=summary,
         history=training.history,
         confusion=training.best and training.best["confusion"],
-        classes=photos.classes,
+        classes=classes,
     )
     print(f"done in {summary['seconds']:.0f} s: {folder / 'report.html'}")
     return summary
@@ -266,6 +211,19 @@ class Recorder(Listener):
         append_jsonl(self.folder / "metrics.jsonl", record)
         is_best = training.best is not None and training.best["epoch"] == record["epoch"]
         checkpoint.save(self.folder / "checkpoints", {**self.fixed, **training.state()}, is_best)
+
+
+def _announce(inputs: Inputs) -> None:
+    photos, split = inputs.photos, inputs.split
+    for excluded in photos.excluded[:10]:
+        print(f"left out {excluded.file}: {excluded.reason}")
+    if len(photos.excluded) > 10:
+        print(f"left out {len(photos.excluded) - 10} more")
+    print(
+        f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
+        f"{len(split.train)} train, {len(split.val)} validation; "
+        f"{split.duplicate_groups} photos occur more than once"
+    )
 
 
 def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):
@@ -290,31 +248,6 @@ def _results(training: Training) -> dict[str, Any]:
         "final_val_accuracy": last["val_accuracy"],
         "images_per_second": images / seconds,
     }
-
-
-def _split_csv(split: Split) -> bytes:
-    text = io.StringIO()
-    csv.writer(text).writerows([("filename", "label", "split"), *split.rows()])
-    return text.getvalue().encode()
-
-
-def _data_digest(photos: Photos, split: Split) -> str:
-    """One SHA-256 over names, contents, labels and split: equal data, equal digest."""
-    rows = zip(photos.digests, split.rows(), strict=True)
-    return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
-
-
-def _check_same_data(state: dict[str, Any], photos: Photos, split: Split) -> None:
-    if state["classes"] != list(photos.classes):
-        raise CheckpointError(
-            f"the run was trained on the classes {', '.join(state['classes'])}, the data now has "
-            f"{', '.join(photos.classes)}: restore the data, or start a new run"
-        )
-    if state["data_digest"] != _data_digest(photos, split):
-        raise CheckpointError(
-            "the photos, labels or their split changed since this run began: restore the data, "
-            "or start a new run"
-        )
 
 
 if __name__ == "__main__":
