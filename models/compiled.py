@@ -198,8 +198,8 @@ def _norm(
     bias: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    training: bool,
     eps: float,
+    training: bool,
 ) -> tuple[_Norm, Tensor | None, Tensor | None]:
     """The constants of a normalisation of x (rows), with the batch's mean and variance."""
     channels = x.shape[2:]
@@ -213,73 +213,43 @@ def _norm(
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        eps,
-        residual,
-        r_weight,
-        r_bias,
-        r_running_mean,
-        r_running_var,
-        r_eps,
-        act,
-        training,
-    ):
-        shape = x.shape
-        x = _rows(x)
-        norm, mean, var = _norm(x, weight, bias, running_mean, running_var, training, eps)
-        r_norm = r_mean = r_var = None
-        if residual is not None:
-            residual = _rows(residual)
-        if r_weight is not None:
-            r_norm, r_mean, r_var = _norm(
-                residual, r_weight, r_bias, r_running_mean, r_running_var, training, r_eps
-            )
+    def forward(ctx, image, residual_image, act, training, affine, r_affine, *parameters):
+        """affine, r_affine: (running_mean, running_var, eps); parameters: the weights and biases,
+        which stand by themselves because they want gradients."""
+        x, residual, r_norm = _rows(image), None, None
+        norm, mean, var = _norm(x, *parameters[:2], *affine, training)
+        r_mean = r_var = None
+        if residual_image is not None:
+            residual = _rows(residual_image)
+        if r_affine is not None:
+            r_norm, r_mean, r_var = _norm(residual, *parameters[2:], *r_affine, training)
         y = _passes(x).apply(x, norm, residual, r_norm, act)
-        ctx.save_for_backward(x, residual, *norm, *(r_norm or ()))
-        ctx.shape, ctx.act, ctx.training = shape, act, training
+        ctx.save_for_backward(image, residual_image, *norm, *(r_norm or ()))
+        ctx.act, ctx.training = act, training
         ctx.set_materialize_grads(False)
         statistics = (mean, var, r_mean, r_var)
         ctx.mark_non_differentiable(*(s for s in statistics if s is not None))
-        return _image(y, shape), *statistics
+        return _image(y, image.shape), *statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        x, residual, *norms = ctx.saved_tensors
-        norm = _Norm(*norms[:4])
-        r_norm = _Norm(*norms[4:]) if norms[4:] else None
-        dy = _rows(dy)
-        passes = _passes(x)
-        s1, dweight, b, c, *r = passes.grad_sums(
-            dy, x, norm, residual, r_norm, ctx.act, ctx.training
-        )
-        dx, dresidual = passes.grad_apply(dy, x, norm, residual, r_norm, ctx.act, (b, c, *r[1:]))
-        dx = _image(dx, ctx.shape)
-        dbias, dweight = s1.flatten(), dweight.flatten()
-        if residual is not None:
-            dresidual = _image(dresidual, ctx.shape)
-        r_grads = (r[0].flatten(), dbias) if r else (None, None)
-        none = None
+        image, residual, *norms = ctx.saved_tensors
+        norm, r_norm = _Norm(*norms[:4]), _Norm(*norms[4:]) if norms[4:] else None
+        x, dy = _rows(image), _rows(dy)
+        residual = None if residual is None else _rows(residual)
+        passes, site = _passes(x), (x, norm, residual, r_norm, ctx.act)
+        s1, dweight, b, c, *r = passes.grad_sums(dy, *site, ctx.training)
+        dx, dresidual = passes.grad_apply(dy, *site, (b, c, *r[1:]))
+        dbias = s1.flatten()
+        r_gradients = (r[0].flatten(), dbias) if r else ()
         return (
-            dx,
-            dweight,
+            _image(dx, image.shape),
+            None if dresidual is None else _image(dresidual, image.shape),
+            *(None,) * 4,
+            dweight.flatten(),
             dbias,
-            none,
-            none,
-            none,
-            dresidual,
-            *r_grads,
-            none,
-            none,
-            none,
-            none,
-            none,
+            *r_gradients,
         )
 
 
@@ -309,23 +279,12 @@ def bn_act(
     biased variance, float32 [C], not differentiable; None when not training. With `residual_norm`
     the residual's mean and variance follow. Running statistics are the caller's to update.
     """
-    r_weight, r_bias, r_running_mean, r_running_var, r_eps = residual_norm or (None,) * 5
-    y, *statistics = _BatchNormAct.apply(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        eps,
-        residual,
-        r_weight,
-        r_bias,
-        r_running_mean,
-        r_running_var,
-        r_eps,
-        act,
-        training,
-    )
+    affine, r_affine = (running_mean, running_var, eps), None
+    parameters = [weight, bias]
+    if residual_norm is not None:
+        parameters += residual_norm[:2]
+        r_affine = residual_norm[2:]
+    y, *statistics = _BatchNormAct.apply(x, residual, act, training, affine, r_affine, *parameters)
     return y, *(statistics if residual_norm is not None else statistics[:2])
 
 

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from models import BackendUnavailable, build_model, units
 from models.fusion import FusedBasicBlock, FusedBottleneck, StemNorm, fuse, fuse_report
 from models.units import BatchNormAct
-from tests.helpers import assert_two_errors
+from tests.helpers import DEVICE, assert_two_errors
 
 NETWORKS = {
     "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=3),
@@ -53,7 +53,7 @@ def randomise_norms(model):
 def check_step(original, fused, x):
     """One training step, then evaluation: everything is what `original` makes of it."""
     truth = copy.deepcopy(original).double()
-    labels = torch.arange(len(x)) % 3
+    labels = torch.arange(len(x), device=x.device) % 3
     for model in (original, fused, truth):
         dtype = next(model.parameters()).dtype
         cross_entropy(model(x.to(dtype)), labels).backward()
@@ -90,25 +90,25 @@ def test_same_tensors_and_same_mathematics(name):
 def test_resnet18_on_the_kernels():
     """Every gradient of a whole torchvision network through Triton's kernels."""
     model = randomise_norms(torchvision.models.resnet18(num_classes=3))
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(DEVICE, memory_format=torch.channels_last)
     original = copy.deepcopy(model)
     fuse(model, "triton")
     assert {m.backend for m in model.modules() if isinstance(m, BatchNormAct)} == {"triton"}
-    check_step(original, model, torch.randn(2, 3, 64, 64))
+    check_step(original, model, torch.randn(2, 3, 64, 64, device=DEVICE))
 
 
 @pytest.mark.parametrize("frozen", ["none", "all", "shortcut"])
 @pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
 def test_blocks_on_the_kernels(cls, frozen):
     """With every BatchNorm in training, in evaluation, and in different modes."""
-    model = randomise_norms(block(cls))
+    model = randomise_norms(block(cls)).to(DEVICE)
     for number, norm in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.running_mean += 0.1 * number
         last = norm is model[0].downsample[-1]
         norm.train(frozen == "none" or (frozen == "shortcut" and not last))
     original = copy.deepcopy(model)
     fuse(model, "triton")
-    x = torch.randn(2, 8, 6, 6)
+    x = torch.randn(2, 8, 6, 6, device=DEVICE)
     y, expected = model(x), original(x)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     dy = torch.randn_like(y)
@@ -135,9 +135,9 @@ def test_the_kernels_are_what_runs(monkeypatch):
         monkeypatch.setattr(units.kernels, name, called)
 
     spy("bn_act"), spy("bn_act_pool")
-    network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3)
+    network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3).to(DEVICE)
     with torch.no_grad():
-        fuse(network, "triton")(torch.randn(2, 3, 32, 32))
+        fuse(network, "triton")(torch.randn(2, 3, 32, 32, device=DEVICE))
     assert calls == ["bn_act_pool", "bn_act", "bn_act add"] + 3 * ["bn_act", "bn_act norm"]
 
 
@@ -195,7 +195,7 @@ def test_timm_intermediates_are_taken_before_the_pool():
 
 
 def test_fusing_twice_changes_only_the_backend():
-    model = fuse(timm.create_model("resnet18", num_classes=3), "eager")
+    model = fuse(timm.create_model("resnet18", num_classes=3).to(DEVICE), "eager")
     before, modules = str(fuse_report(model)), list(map(id, model.modules()))
     assert str(fuse_report(fuse(model, "eager"))) == before
     assert list(map(id, model.modules())) == modules
@@ -315,7 +315,7 @@ def test_a_backbone_inside_another_module():
 
 
 def test_our_own_networks_only_take_the_backend():
-    model = fuse(build_model("micro_resnet"), "triton")
+    model = fuse(build_model("micro_resnet").to(DEVICE), "triton")
     assert {m.backend for m in model.modules() if isinstance(m, BatchNormAct)} == {"triton"}
     assert texts(model)["layer2.0.bn1"] == "fused: a unit already"
 
