@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -38,12 +39,22 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def generator(request):
-    """A fresh random generator; its seed is printed, so that a failure can be drawn again with
-    LAPIS_SEED."""
+@pytest.fixture(autouse=True)
+def seeded():
+    """PyTorch's own generator starts alike in every test, whatever ran before in the process."""
     import torch
 
-    seed = int(os.environ.get("LAPIS_SEED") or torch.seed() % 2**31)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def generator(request):
+    """Random numbers of this test alone: the same in every run, others with LAPIS_SEED=<number>,
+    and fresh ones with LAPIS_SEED=fresh. A failure prints the seed it was drawn with."""
+    import torch
+
+    wanted = os.environ.get("LAPIS_SEED", "")
+    by_name = zlib.crc32(request.node.nodeid.encode())
+    seed = torch.seed() % 2**31 if wanted == "fresh" else int(wanted or by_name)
     print(f"LAPIS_SEED={seed}")
     return torch.Generator().manual_seed(seed)

@@ -71,7 +71,11 @@ def check_against_float64(
     atol: float = 1e-6,
     dy_transform: Callable[[torch.Tensor], torch.Tensor] = lambda dy: dy,
 ) -> None:
-    """The two-error rule for the output and the gradient of every input that requires one."""
+    """The two-error rule for the output and the gradient of every input that requires one.
+
+    In 16 bits the rule gets an eighth of a unit in the last place: over the few values of a small
+    test eager's error can be smaller by luck than its rounding explains.
+    """
     shape = reference(**as_float64(inputs))
     shape = (shape[0] if isinstance(shape, tuple) else shape).shape
     dtype = next(v.dtype for v in inputs.values() if isinstance(v, torch.Tensor))
@@ -79,5 +83,6 @@ def check_against_float64(
     truth = outputs_and_gradients(reference, as_float64(inputs), dy)
     eager = outputs_and_gradients(reference, fresh(inputs), dy)
     ours = outputs_and_gradients(fused, fresh(inputs), dy_transform(dy.to(DEVICE)))
+    atol = max(atol, torch.finfo(dtype).eps / 8)
     for name, value in truth.items():
         assert_two_errors(ours[name], eager[name], value, name, atol)
