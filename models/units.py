@@ -82,8 +82,6 @@ def resolve_backend(
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:
     """Make every unit of `model` run on `backend` (eager, compile or triton); returns the model."""
-    if backend == "compile":
-        compiled.tune_allocator()
     for module in model.modules():
         if isinstance(module, BatchNormAct):
             module.backend = backend

