@@ -18,9 +18,9 @@ from models import compiled
 
 BACKENDS = ("eager", "auto", "compile", "triton")
 
-# What compiling costs and brings on a CPU: seconds to compile (22 with a warm cache, 42 with a cold
-# one) and seconds saved per 224x224 training image, measured on 2 Zen 4 cores with ResNet-34 in
-# bfloat16, channels-last. Convolutions are 85 % of that step, so little is left to save.
+# What compiling costs and brings on a CPU: seconds to compile (10 to 22 with a warm cache, 34 to 42
+# with a cold one) and seconds saved per 224x224 training image. The saving is an upper estimate:
+# on 2 Zen 4 cores compiled steps took 0.94x to 1.01x of eager's speed (docs/notes.md).
 COMPILE_SECONDS = 30.0
 SAVED_SECONDS_PER_IMAGE = 0.001
 
