@@ -9,6 +9,7 @@ from kernels import add_relu as _add_relu
 from kernels import avg_pool as _avg_pool
 from kernels import bn_act as _bn_act
 from kernels import conv_bn_act as _conv_bn_act
+from kernels import conv_stats as _conv_stats
 from kernels import group_norm_act as _group_norm_act
 from kernels import head as _head
 from kernels import image_prep as _image_prep
@@ -17,7 +18,8 @@ from kernels.activation import ACTS
 from kernels.add_relu import add_relu
 from kernels.avg_pool import avg_pool
 from kernels.bn_act import bn_act
-from kernels.conv_bn_act import conv_bn_act, conv_stats, fold_scale_shift
+from kernels.conv_bn_act import conv_bn_act, fold_scale_shift
+from kernels.conv_stats import conv_stats
 from kernels.group_norm_act import group_norm_act
 from kernels.head import cross_entropy, loss_and_correct
 from kernels.image_prep import image_prep
@@ -29,8 +31,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     _add_relu.SPEC,
     _bn_act.SPEC,
     _stem_pool.SPEC,
+    _conv_stats.SPEC,
     _conv_bn_act.SPEC,
-    _conv_bn_act.INFERENCE_SPEC,
     _group_norm_act.SPEC,
     _avg_pool.SPEC,
     _head.SPEC,

@@ -39,6 +39,16 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def exact_float32():
+    """PyTorch's own float32 convolution is what ours is held against: not in TF32."""
+    import torch
+
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """PyTorch's own generator starts alike in every test, whatever ran before in the process."""

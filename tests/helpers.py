@@ -6,6 +6,22 @@ from typing import Any
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RELATIVE_L2 = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
+# [N, C, H, W, K, R, stride, padding]: every kind of site, odd sizes, one image, tiles half empty
+CONV_SHAPES = (
+    (1, 3, 19, 17, 8, 7, 2, 3),
+    (2, 3, 9, 12, 24, 3, 1, 1),
+    (2, 1, 7, 6, 8, 4, 3, 2),
+    (3, 64, 6, 5, 64, 3, 1, 1),
+    (2, 24, 9, 11, 72, 3, 2, 1),
+    (1, 8, 7, 7, 136, 3, 2, 0),
+    (2, 72, 5, 7, 40, 1, 1, 0),
+    (5, 16, 7, 9, 32, 1, 2, 0),
+    (2, 32, 4, 5, 8, 5, 1, 4),
+    (1, 8, 1, 1, 8, 1, 1, 0),
+)
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -27,6 +43,14 @@ def assert_two_errors(
     scale = truth.abs().max().item() if truth.numel() else 0.0
     bound = 2 * error(eager, truth) + atol * max(scale, 1.0)
     assert error(ours, truth) <= bound, f"{name}: error {error(ours, truth):.3e} > {bound:.3e}"
+
+
+def assert_relative_l2(
+    value: torch.Tensor, truth: torch.Tensor, bound: float | None = None
+) -> None:
+    """|value - truth| <= bound*|truth| in the 2-norm; the bound of a convolution unless given."""
+    away = (value.detach().double().cpu() - truth.detach().cpu()).norm()
+    assert away <= (RELATIVE_L2[value.dtype] if bound is None else bound) * truth.norm()
 
 
 def as_float64(inputs: dict[str, Any]) -> dict[str, Any]:
