@@ -18,7 +18,7 @@ from kernels.activation import ACTS
 from kernels.add_relu import add_relu
 from kernels.avg_pool import avg_pool
 from kernels.bn_act import bn_act
-from kernels.conv_bn_act import conv_bn_act, fold_scale_shift
+from kernels.conv_bn_act import conv_bn_act
 from kernels.conv_stats import conv_stats
 from kernels.group_norm_act import group_norm_act
 from kernels.head import cross_entropy, loss_and_correct
@@ -50,7 +50,6 @@ __all__ = [
     "conv_bn_act",
     "conv_stats",
     "cross_entropy",
-    "fold_scale_shift",
     "group_norm_act",
     "image_prep",
     "loss_and_correct",

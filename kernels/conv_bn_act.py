@@ -1,10 +1,10 @@
 """conv_bn_act: inference of convolution, BatchNorm, addition and activation in one kernel.
 
-    y = act(conv(x)*scale + shift [+ residual])
+    y = act((conv(x) - mean)*s + b [+ residual]),   s = weight/sqrt(var + eps), b = bias
 
 Traffic: x, W, y and the residual once each; BatchNorm, addition and activation cost only the
-reading of the residual. scale and shift are applied to the float32 sums instead of being folded
-into stored weights, which would go stale at the next load_state_dict. There is no backward.
+reading of the residual. The norm is applied to the float32 sums in the epilogue instead of being
+folded into stored weights, which would go stale at the next load_state_dict. There is no backward.
 
 Layouts: see `conv_gemm`. Where Triton cannot run the op is `reference`.
 """
@@ -31,16 +31,20 @@ from kernels.spec import Cost, Inputs, KernelSpec, Shape
 def reference(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
     residual: torch.Tensor | None = None,
     stride: int = 1,
     padding: int = 0,
     act: str = "relu",
+    eps: float = 1e-5,
 ) -> torch.Tensor:
-    """act(conv(x)*scale + shift + residual) in plain PyTorch; past the convolution in float32."""
+    """act(batch_norm(conv(x)) + residual) in plain PyTorch; past the convolution in float32."""
     y = F.conv2d(x, weight, stride=stride, padding=padding)
-    z = y.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    channels = (t.to(running_var.dtype) for t in (running_mean, running_var, bn_weight, bn_bias))
+    z = F.batch_norm(y.to(running_var.dtype), *channels, eps=eps)
     z = z if residual is None else z + residual
     return REFERENCE[act](z).to(x.dtype)
 
@@ -48,22 +52,23 @@ def reference(
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     residual: torch.Tensor | None,
     stride: int,
     padding: int,
     act: str,
+    eps: float,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Launch y = act(conv(x)*scale + shift + residual)."""
+    """Launch y = act(batch_norm(conv(x)) + residual) with norm = (weight, bias, mean, var), each
+    [K]."""
     y = empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
     if rows:
-        addend = y if residual is None else nhwc(residual)
-        epilogue = (y, scale.contiguous(), shift.contiguous(), addend)
+        epilogue = (y, *norm, y if residual is None else nhwc(residual))
         flags = {"STATS": False, "HAS_RESIDUAL": residual is not None, "ACT": act}
-        convolve(x, weight, y, stride, padding, tile or choose(x, k, rows), epilogue, **flags)
+        tile = tile or choose(x, k, rows)
+        convolve(x, weight, y, stride, padding, tile, epilogue, eps, **flags)
     return y
 
 
@@ -71,20 +76,26 @@ def forward(
 def _op(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
     residual: torch.Tensor | None,
     stride: int,
     padding: int,
     act: str,
+    eps: float,
 ) -> torch.Tensor:
+    norm = (bn_weight, bn_bias, running_mean, running_var)
     if runs_triton(x):
-        return forward(x, weight, scale, shift, residual, stride, padding, act)
-    return nhwc(reference(x, weight, scale, shift, residual, stride, padding, act))
+        return forward(x, weight, norm, residual, stride, padding, act, eps)
+    return nhwc(reference(x, weight, *norm, residual, stride, padding, act, eps))
 
 
 @_op.register_fake
-def _(x, weight, scale, shift, residual, stride: int, padding: int, act: str):
+def _(
+    x, weight, bn_weight, bn_bias, running_mean, running_var, residual, stride, padding, act, eps
+):
     return empty_output(x, weight, stride, padding)
 
 
@@ -101,28 +112,35 @@ _op.register_autograd(_refuse)
 def conv_bn_act(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
     *,
     residual: torch.Tensor | None = None,
     stride: int = 1,
     padding: int = 0,
     act: str = "relu",
+    eps: float = 1e-5,
 ) -> torch.Tensor:
-    """act(conv(x)*scale + shift [+ residual]) for inference, rounded once: x [N, C, H, W], weight
-    [K, C, R, S] cast to x's dtype, scale and shift float32 [K] (see `fold_scale_shift`), residual
+    """act(batch_norm(conv(x)) [+ residual]) for inference, rounded once: x [N, C, H, W], weight
+    [K, C, R, S] cast to x's dtype, the norm's four [K] in float32 or x's dtype, residual
     [N, K, P, Q] of x's dtype; returns channels-last [N, K, P, Q].
 
-    Raises ValueError as `conv_stats` does, and where scale, shift, residual or act do not fit;
+    Raises ValueError as `conv_stats` does, and where the norm, residual or act do not fit;
     RuntimeError when a gradient is asked of the output.
     """
     x, weight = prepared(x, weight, stride, padding)
     check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
-    for name, value in (("scale", scale), ("shift", shift)):
+    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias,
+            "running_mean": running_mean, "running_var": running_var}  # fmt: skip
+    for name, value in norm.items():
         check(
-            (value.shape, value.dtype, value.device) == (weight.shape[:1], torch.float32, x.device),
+            (value.shape, value.device) == (weight.shape[:1], x.device)
+            and value.dtype in (torch.float32, x.dtype),
             lambda name=name, value=value: (
-                f"{name} {describe(value)} must be [{weight.shape[0]}] float32 on {x.device}"
+                f"{name} {describe(value)} must be [{weight.shape[0]}] float32 or {x.dtype} "
+                f"on {x.device}"
             ),
         )
     if residual is not None:
@@ -133,23 +151,7 @@ def conv_bn_act(
                 f"residual {describe(residual)} must be {tuple(expected)} {x.dtype} on {x.device}"
             ),
         )
-    return _op(x, weight, scale, shift, residual, stride, padding, act)
-
-
-def fold_scale_shift(
-    weight_bn: torch.Tensor | None,
-    bias_bn: torch.Tensor | None,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """BatchNorm with running statistics as scale*y + shift, float32 [K]: scale = gamma/sqrt(var +
-    eps), shift = beta - mean*scale; gamma and beta are None without affine parameters."""
-    scale = torch.rsqrt(running_var.detach().float() + eps)
-    if weight_bn is not None:
-        scale = scale * weight_bn.detach().float()
-    shift = -running_mean.detach().float() * scale
-    return scale, shift if bias_bn is None else shift + bias_bn.detach().float()
+    return _op(x, weight, *norm.values(), residual, stride, padding, act, eps)
 
 
 def _make_inputs(
@@ -162,22 +164,32 @@ def _make_inputs(
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=generator.device).to(device)
 
-    scale, shift = draw(y_shape[1]), draw(y_shape[1])
-    residual = nhwc(draw(*y_shape).to(dtype))
-    return {**inputs, "x": x, "weight": weight, "scale": scale, "shift": shift,
-            "residual": residual}  # fmt: skip
+    k = y_shape[1]
+    return {
+        **inputs,
+        "x": x,
+        "weight": weight,
+        "bn_weight": 1 + 0.3 * draw(k),
+        "bn_bias": draw(k),
+        "running_mean": draw(k),
+        "running_var": 0.5 + draw(k) ** 2,
+        "residual": nhwc(draw(*y_shape).to(dtype)),
+    }
 
 
 def _launch(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    bn_weight: torch.Tensor,
+    bn_bias: torch.Tensor,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
     residual: torch.Tensor | None,
     stride: int,
     padding: int,
 ) -> None:
-    forward(x, weight, scale, shift, residual, stride, padding, "relu")
+    norm = (bn_weight, bn_bias, running_mean, running_var)
+    forward(x, weight, norm, residual, stride, padding, "relu", 1e-5)
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

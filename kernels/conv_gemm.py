@@ -69,10 +69,13 @@ def _conv_kernel(
     w_ptr,
     y_ptr,
     partials_ptr,
-    scale_ptr,
-    shift_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
     residual_ptr,
     rows,
+    eps,
     H: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -137,9 +140,11 @@ def _conv_kernel(
         m2 = tl.sum(away * away, axis=0)
         store_partial(partials_ptr, mean, m2, tile, tl.cdiv(rows, BLOCK_M), k, K, k < K)
     else:
-        scale = tl.load(scale_ptr + k, mask=k < K, other=0.0)
-        shift = tl.load(shift_ptr + k, mask=k < K, other=0.0)
-        z = acc * scale[None, :] + shift[None, :]
+        s = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        s *= tl.rsqrt(tl.load(var_ptr + k, mask=k < K, other=1.0).to(tl.float32) + eps)
+        mean = tl.load(mean_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        z = (acc - mean[None, :]) * s[None, :] + bias[None, :]
         if HAS_RESIDUAL:
             z += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + offsets, rounded(activate(z, ACT), y_ptr.dtype.element_ty), mask=inside)
@@ -196,10 +201,12 @@ def convolve(
     stride: int,
     padding: int,
     tile: Tile,
-    epilogue: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    epilogue: tuple[torch.Tensor, ...],
+    eps: float = 0.0,
     **flags: bool | str,
 ) -> None:
-    """Launch the product; epilogue = (partials, scale, shift, residual), y for those not used."""
+    """Launch the product; epilogue = (partials, weight, bias, mean, var, residual), where the
+    middle ones are BatchNorm's, and y stands for those not used."""
     x, weight = nhwc(x), nhwc(weight)
     (_, c, h, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
     pad_w, pixel = padding, c
@@ -215,7 +222,7 @@ def convolve(
     block_k = min(tile.block_k, max(16, c & -c))
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    args = (x, weight, y, *epilogue, n * p * q)
+    args = (x, weight, y, *epilogue, n * p * q, eps)
     grid = (_programs(tile, n * p * q, k),)
     run(_conv_kernel, grid, *args, **sizes, **steps, **flags, **blocks, **options)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import ACTS
-from kernels.conv_bn_act import SPEC, _op, conv_bn_act, fold_scale_shift, forward, reference
+from kernels.conv_bn_act import SPEC, _op, conv_bn_act, forward, reference
 from kernels.conv_gemm import FLOAT32, NARROW, SITES, SMALL_WIDE, WIDE
 from kernels.launch import record
 from tests.helpers import (
@@ -34,19 +34,25 @@ def test_inference_matches_float64(act, dtype, generator):
         assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_fold_scale_shift_is_batch_norm(generator):
-    norm = torch.nn.BatchNorm2d(16).double().eval()
+def test_the_reference_is_torchs_modules(generator):
+    conv, norm = torch.nn.Conv2d(8, 16, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(16).eval()
     for value in (*norm.parameters(), norm.running_mean, norm.running_var):
         torch.nn.init.uniform_(value, 0.5, 2.0, generator=generator)
-    y = torch.randn(2, 16, 3, 3, generator=generator, dtype=torch.float64)
-    buffers = (norm.running_mean, norm.running_var, norm.eps)
-    scale, shift = fold_scale_shift(norm.weight, norm.bias, *buffers)
-    assert scale.dtype == shift.dtype == torch.float32
-    assert not scale.requires_grad
-    assert torch.allclose(y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), norm(y), atol=1e-5)
-    plain = F.batch_norm(y, norm.running_mean, norm.running_var, eps=norm.eps)
-    scale, shift = fold_scale_shift(None, None, *buffers)
-    assert torch.allclose(y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), plain, atol=1e-5)
+    x = torch.randn(2, 8, 5, 6, generator=generator)
+    r = torch.randn(2, 16, 3, 3, generator=generator)
+    affine = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    y = reference(x, conv.weight, *affine, r, 2, 1, "silu", norm.eps)
+    torch.testing.assert_close(y, F.silu(norm(conv(x)) + r))
+
+
+def test_norm_in_the_type_of_x_and_under_autocast(generator):
+    inputs = SPEC.make_inputs((2, 8, 5, 5, 16, 3, 1, 1), torch.float16, DEVICE, generator)
+    names = ("bn_weight", "bn_bias", "running_mean", "running_var")
+    halves = inputs | {name: inputs[name].half() for name in names}
+    assert_relative_l2(conv_bn_act(**halves), reference(**as_float64(halves)))
+    singles = inputs | {name: inputs[name].float() for name in ("x", "weight")}
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert torch.equal(conv_bn_act(**singles), conv_bn_act(**inputs))
 
 
 def test_inference_refuses_a_gradient(generator):
@@ -67,15 +73,16 @@ def test_torch_compile_of_inference(generator):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"scale": torch.ones(8)}, r"scale \(8,\)"),
-        ({"shift": torch.ones(16, dtype=torch.float16)}, "shift .* must be .16. float32"),
+        ({"bn_weight": torch.ones(8)}, r"bn_weight \(8,\)"),
+        ({"running_var": torch.ones(16).half()}, "running_var .* must be .16. float32"),
         ({"residual": torch.ones(2, 16, 5, 5)}, r"must be \(2, 16, 3, 3\)"),
         ({"residual": torch.ones(2, 16, 3, 3).half()}, "residual .*float16"),
         ({"act": "swoosh"}, "one of"),
     ],
 )
 def test_bad_inference_input_is_named(change, message):
-    inputs = {"x": X, "weight": WEIGHT, "scale": torch.ones(16), "shift": torch.ones(16)}
+    names = ("bn_weight", "bn_bias", "running_mean", "running_var")
+    inputs = {"x": X, "weight": WEIGHT, **dict.fromkeys(names, torch.ones(16))}
     with pytest.raises(ValueError, match=message):
         conv_bn_act(**{**inputs, **change})
 
@@ -84,21 +91,21 @@ def test_bad_inference_input_is_named(change, message):
 def test_every_tile(tile, generator):
     """More than one tile each way, the last ones partly filled."""
     inputs = SPEC.make_inputs((2, 24, 13, 12, 136, 3, 1, 1), torch.float16, DEVICE, generator)
-    inputs["residual"] = None
-    y = forward(**inputs, act="identity", tile=tile)
+    x, weight, stride, padding, *norm, residual = inputs.values()
+    y = forward(x, weight, norm, residual, stride, padding, "identity", 1e-5, tile)
     assert_relative_l2(y, reference(**as_float64(inputs), act="identity"))
 
 
 def test_empty_batch():
     x, ones = torch.empty(0, 8, 5, 5, device=DEVICE), torch.ones(16, device=DEVICE)
-    assert conv_bn_act(x, WEIGHT.to(DEVICE), ones, ones).shape == (0, 16, 3, 3)
+    assert conv_bn_act(x, WEIGHT.to(DEVICE), *[ones] * 4).shape == (0, 16, 3, 3)
 
 
 def test_opcheck(generator):
     for shape in (CONV_SHAPES[0], CONV_SHAPES[4]):
         inputs = SPEC.make_inputs(shape, torch.float32, DEVICE, generator)
-        names = ("x", "weight", "scale", "shift", "residual", "stride", "padding")
-        torch.library.opcheck(_op, (*(inputs[name] for name in names), "relu"))
+        x, weight, stride, padding, *norm, residual = inputs.values()
+        torch.library.opcheck(_op, (x, weight, *norm, residual, stride, padding, "relu", 1e-5))
 
 
 def test_one_launch_a_site():
@@ -106,9 +113,9 @@ def test_one_launch_a_site():
     for n, c, h, w, k, r, stride, padding in SITES:
         x = torch.empty(n, c, h, w, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(k, c, r, r, dtype=torch.bfloat16, device="meta")
-        scale = torch.empty(k, device="meta")
+        norm = [torch.empty(k, device="meta")] * 4
         with record() as recording:
-            forward(x, weight, scale, scale, None, stride, padding, "relu")
+            forward(x, weight, norm, None, stride, padding, "relu", 1e-5)
         names = [launched.kernel.__name__ for launched in recording.launches]
         pack = ["_pack_kernel"] * 2 if c == 3 else []
         assert names == [*pack, "_conv_kernel"]
