@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
-from kernels.bn_stats import Tile, _moments, store_partial, tile_position
+from kernels.bn_stats import Tile, _moments, combine, store_partial, tile_position
 from kernels.launch import (
     cdiv,
     check,
@@ -41,9 +41,8 @@ from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
-REDUCING = Tile(2048, 4, 8)
-APPLYING = Tile(2048, 4)
-MERGE_ELEMENTS = 1024  # partials of a group that a program holds at a time
+TILE = Tile(2048, 4, 8)
+MERGED = 4096  # partials of a group, slices x channels, that one program holds
 GROUPS = 32  # of SPEC: every stage of a ResNet divides by it
 
 Tensors3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -66,57 +65,40 @@ def reference(
 
 @triton.jit
 def _statistics_kernel(
-    x_ptr, partials_ptr, HW, C, programs, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, partials_ptr, HW, C, slices, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """partials [N, 2, programs, C]: mean and M2 of every channel of an image over a slice."""
+    """partials [N, 2, slices, C]: mean and M2 of every channel of an image over a slice."""
     n = tl.program_id(1).to(tl.int64)
-    program, _, c = tile_position(C, BLOCK_M, BLOCK_C)
-    mean, m2 = _moments(x_ptr + n * HW * C, HW, C, programs, BLOCK_M, BLOCK_C)
-    store_partial(partials_ptr + n * 2 * programs * C, mean, m2, program, programs, c, C, c < C)
+    p, _, c = tile_position(C, BLOCK_M, BLOCK_C)
+    mean, m2 = _moments(x_ptr + n * HW * C, HW, C, slices, BLOCK_M, BLOCK_C)
+    store_partial(partials_ptr + n * 2 * slices * C, mean, m2, p, slices, c, C, c < C)
 
 
 @triton.jit
 def _merge_statistics_kernel(
-    partials_ptr, mean_ptr, rstd_ptr, HW, C, G, programs, rows, eps,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """mean and rstd [N, G] of group n*G + g, in two rounds over its partials."""
-    n = tl.program_id(0) // G
-    K = C // G
-    k = tl.arange(0, BLOCK_K)[None, :]
-    partials_ptr += n.to(tl.int64) * 2 * programs * C + tl.program_id(0) % G * K + k
+    partials_ptr, mean_ptr, rstd_ptr, HW, C, G, slices, rows, eps, BLOCK: tl.constexpr
+):
+    """mean and rstd [N, G]. Slice p covers the tiles p, p + slices, ... of `rows` rows."""
+    p, c, inside = _group_partials(C, G, slices, BLOCK)
     tiles = tl.cdiv(HW, rows)
-    size = HW * K * 1.0
-    total = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)[:, None]
-        inside = (p < programs) & (k < K)
-        count = _rows_of(p, programs, tiles, rows, HW)
-        total += count * tl.load(partials_ptr + p * C, mask=inside, other=0.0)
-    mean = tl.sum(total) / size
-    m2 = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    away = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)[:, None]
-        inside = (p < programs) & (k < K)
-        count = _rows_of(p, programs, tiles, rows, HW)
-        far = tl.load(partials_ptr + p * C, mask=inside, other=0.0) - mean
-        far = tl.where(inside, far, 0.0)
-        away += count * far
-        m2 += tl.load(partials_ptr + (programs + p) * C, mask=inside, other=0.0)
-        m2 += count * far * far
-    # the first mean has lost digits where it is far from zero: what it is off by corrects both
-    off = tl.sum(away) / size
-    var = tl.sum(m2) / size - off * off
-    tl.store(mean_ptr + tl.program_id(0), mean + off)
-    tl.store(rstd_ptr + tl.program_id(0), tl.rsqrt(var + eps))
+    short = tl.where(p == (tiles - 1) % slices, tiles * rows - HW, 0)
+    count = tl.where(inside, tl.cdiv(tiles - p, slices) * rows - short, 0).to(tl.float32)
+    partials_ptr += (tl.program_id(0) // G).to(tl.int64) * 2 * slices * C
+    mean = _load(partials_ptr, p * C + c, inside)
+    m2 = _load(partials_ptr + slices * C, p * C + c, inside)
+    count, mean, m2 = combine(count, mean, m2)
+    group = tl.program_id(0) + tl.arange(0, 1)
+    tl.store(mean_ptr + group, mean)
+    tl.store(rstd_ptr + group, tl.rsqrt(m2 / count + eps))
 
 
 @triton.jit
-def _rows_of(p, programs, tiles, rows, HW):
-    """Rows that partials p [BLOCK_P, 1] cover: the tiles p, p + programs, ... of `rows` rows."""
-    short = tl.where(p == (tiles - 1) % programs, tiles * rows - HW, 0)
-    return tl.where(p < programs, tl.cdiv(tiles - p, programs) * rows - short, 0).to(tl.float32)
+def _group_partials(C, G, slices, BLOCK: tl.constexpr):
+    """Slice and channel of every partial of this program's group, n*G + g, and whether it is
+    one: [BLOCK, 1] each."""
+    K = C // G
+    i = tl.arange(0, BLOCK)[:, None]
+    return i // K, tl.program_id(0) % G * K + i % K, i < slices * K
 
 
 @triton.jit
@@ -125,141 +107,128 @@ def _load(ptr, offsets, inside):
 
 
 @triton.jit
-def _channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, G):
-    """mean and rstd of image n, weight and bias, of the channels c: [1, BLOCK_C] each."""
-    group = n * G + c // (C // G)
-    mean = _load(mean_ptr, group, c < C)
-    rstd = _load(rstd_ptr, group, c < C)
-    weight = _load(weight_ptr, c, c < C)
-    bias = _load(bias_ptr, c, c < C)
-    return mean[None, :], rstd[None, :], weight[None, :], bias[None, :]
+def _of_groups(ptr, n, cols, C, G):
+    """What [N, G] holds for the channels `cols` of image n."""
+    return _load(ptr, n * G + cols // (C // G), cols < C)
 
 
 @triton.jit
-def _preactivation(xhat, weight, bias, residual, HAS_RESIDUAL: tl.constexpr, DTYPE: tl.constexpr):
+def _channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, C, G):
+    """weight, bias, and the mean and rstd of image n, of the channels `cols`."""
+    weight = _load(weight_ptr, cols, cols < C)
+    bias = _load(bias_ptr, cols, cols < C)
+    return weight, bias, _of_groups(mean_ptr, n, cols, C, G), _of_groups(rstd_ptr, n, cols, C, G)
+
+
+@triton.jit
+def _preactivation(xhat, weight, bias, residual_ptr, offsets, inside, DTYPE: tl.constexpr):
     # an explicit fma, so that both passes see the same bits
     z = rounded(tl.fma(xhat, weight, bias), DTYPE).to(tl.float32)
-    if HAS_RESIDUAL:
-        z = rounded(z + residual, DTYPE).to(tl.float32)
+    if residual_ptr is not None:
+        z = rounded(z + _load(residual_ptr, offsets, inside), DTYPE).to(tl.float32)
     return z
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, y_ptr, HW, C, G,
-    ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1).to(tl.int64)
-    tile, rows, c = tile_position(C, BLOCK_M, BLOCK_C)
-    mean, rstd, weight, bias = _channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, G)
-    rows += tile * BLOCK_M
-    inside = (rows < HW) & (c < C)[None, :]
-    offsets = (n * HW + rows) * C + c[None, :]
-    x = _load(x_ptr, offsets, inside)
-    residual = _load(residual_ptr, offsets, inside) if HAS_RESIDUAL else x
-    dtype = y_ptr.dtype.element_ty
-    z = _preactivation((x - mean) * rstd, weight, bias, residual, HAS_RESIDUAL, dtype)
-    tl.store(y_ptr + offsets, rounded(activate(z, ACT), dtype), mask=inside)
+    tile, lanes, c = tile_position(C, BLOCK_M, BLOCK_C)
+    rows, cols = tile * BLOCK_M + lanes, c[None, :]
+    weight, bias, mean, rstd = _channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, C, G)
+    inside = (rows < HW) & (cols < C)
+    offsets = (n * HW + rows) * C + cols
+    xhat = (_load(x_ptr, offsets, inside) - mean) * rstd
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    z = _preactivation(xhat, weight, bias, residual_ptr, offsets, inside, DTYPE)
+    tl.store(y_ptr + offsets, rounded(activate(z, ACT), DTYPE), mask=inside)
 
 
 @triton.jit
 def _sums_kernel(
     dy_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, dz_ptr, partials_ptr,
-    HW, C, G, programs,
-    ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    HW, C, G, slices, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partials [N, programs, 2, C]: sums of dz*xhat and of dz over a slice; dz if there is a
+    """partials [N, slices, 2, C]: sums of dz*xhat and of dz over a slice; dz if there is a
     residual."""
     n = tl.program_id(1).to(tl.int64)
-    program, lanes, c = tile_position(C, BLOCK_M, BLOCK_C)
-    mean, rstd, weight, bias = _channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, G)
-    dtype = x_ptr.dtype.element_ty
+    p, lanes, c = tile_position(C, BLOCK_M, BLOCK_C)
+    cols = c[None, :]
+    weight, bias, mean, rstd = _channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, C, G)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_dz_xhat = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for first in range(program * BLOCK_M, HW, programs * BLOCK_M):
+    for first in range(p * BLOCK_M, HW, slices * BLOCK_M):
         rows = first + lanes
-        inside = (rows < HW) & (c < C)[None, :]
-        offsets = (n * HW + rows) * C + c[None, :]
+        inside = (rows < HW) & (cols < C)
+        offsets = (n * HW + rows) * C + cols
         xhat = (_load(x_ptr, offsets, inside) - mean) * rstd
-        residual = _load(residual_ptr, offsets, inside) if HAS_RESIDUAL else xhat
-        z = _preactivation(xhat, weight, bias, residual, HAS_RESIDUAL, dtype)
+        z = _preactivation(xhat, weight, bias, residual_ptr, offsets, inside, DTYPE)
         dz = _load(dy_ptr, offsets, inside) * activate_grad(z, ACT)
-        if HAS_RESIDUAL:
-            stored = rounded(dz, dtype)
+        if residual_ptr is not None:
+            stored = rounded(dz, DTYPE)
             tl.store(dz_ptr + offsets, stored, mask=inside)
             dz = stored.to(tl.float32)  # sums and the second pass use the same dz
         sum_dz += dz
         sum_dz_xhat += dz * xhat
-    partials_ptr += (n * programs + program) * 2 * C + c
+    partials_ptr += (n * slices + p) * 2 * C + c
     tl.store(partials_ptr, tl.sum(sum_dz_xhat, 0), mask=c < C)
     tl.store(partials_ptr + C, tl.sum(sum_dz, 0), mask=c < C)
 
 
 @triton.jit
 def _merge_sums_kernel(
-    partials_ptr, weight_ptr, c1_ptr, c2_ptr, HW, C, G, programs,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) // G
-    K = C // G
-    k = tl.arange(0, BLOCK_K)
-    weight = _load(weight_ptr + tl.program_id(0) % G * K, k, k < K)[None, :]
-    partials_ptr += n.to(tl.int64) * 2 * programs * C + tl.program_id(0) % G * K + k[None, :]
-    c1 = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    c2 = tl.zeros((BLOCK_P, BLOCK_K), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        p = first + tl.arange(0, BLOCK_P)[:, None]
-        inside = (p < programs) & (k < K)[None, :]
-        c2 += weight * _load(partials_ptr, p * 2 * C, inside)
-        c1 += weight * _load(partials_ptr, p * 2 * C + C, inside)
-    size = HW * K * 1.0
-    tl.store(c1_ptr + tl.program_id(0), tl.sum(c1) / size)
-    tl.store(c2_ptr + tl.program_id(0), tl.sum(c2) / size)
+    partials_ptr, weight_ptr, c1_ptr, c2_ptr, HW, C, G, slices, BLOCK: tl.constexpr
+):
+    """c1 and c2 [N, G]."""
+    p, c, inside = _group_partials(C, G, slices, BLOCK)
+    partials_ptr += (tl.program_id(0) // G).to(tl.int64) * 2 * slices * C
+    weight = _load(weight_ptr, c, inside)
+    c2 = tl.sum(weight * _load(partials_ptr, p * 2 * C + c, inside))
+    c1 = tl.sum(weight * _load(partials_ptr + C, p * 2 * C + c, inside))
+    size = C // G * 1.0 * HW
+    tl.store(c1_ptr + tl.program_id(0), c1 / size)
+    tl.store(c2_ptr + tl.program_id(0), c2 / size)
 
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr, dx_ptr, HW, C, G,
+    dz_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, c1_ptr, c2_ptr, dx_ptr, HW, C, G,
     ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """From dz with ACT "identity", from dy with the activation of a forward without residual."""
     n = tl.program_id(1).to(tl.int64)
-    tile, rows, c = tile_position(C, BLOCK_M, BLOCK_C)
-    mean, rstd, weight, bias = _channels(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, n, c, C, G)
-    c1, c2, _, _ = _channels(c1_ptr, c2_ptr, weight_ptr, bias_ptr, n, c, C, G)
-    rows += tile * BLOCK_M
-    inside = (rows < HW) & (c < C)[None, :]
-    offsets = (n * HW + rows) * C + c[None, :]
+    tile, lanes, c = tile_position(C, BLOCK_M, BLOCK_C)
+    rows, cols = tile * BLOCK_M + lanes, c[None, :]
+    weight, bias, mean, rstd = _channels(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, n, cols, C, G)
+    c1 = _of_groups(c1_ptr, n, cols, C, G)
+    c2 = _of_groups(c2_ptr, n, cols, C, G)
+    inside = (rows < HW) & (cols < C)
+    offsets = (n * HW + rows) * C + cols
     xhat = (_load(x_ptr, offsets, inside) - mean) * rstd
-    dtype = dx_ptr.dtype.element_ty
-    z = _preactivation(xhat, weight, bias, xhat, False, dtype)
-    dz = _load(dy_ptr, offsets, inside) * activate_grad(z, ACT)
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    z = _preactivation(xhat, weight, bias, None, offsets, inside, DTYPE)
+    dz = _load(dz_ptr, offsets, inside) * activate_grad(z, ACT)
     dx = rstd * (weight * dz - c1 - xhat * c2)
-    tl.store(dx_ptr + offsets, rounded(dx, dtype), mask=inside)
+    tl.store(dx_ptr + offsets, rounded(dx, DTYPE), mask=inside)
 
 
-def _plan(x: torch.Tensor) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_C and the slices of an image that give every multiprocessor enough to do."""
+def _plan(x: torch.Tensor, num_groups: int):
+    """Into how many slices every image is cut; the grids slice by slice and tile by tile; the
+    options of these passes, and of merging a group's slices."""
     n, c, h, w = x.shape
-    block_m, block_c = REDUCING.blocks(c)
-    wanted = cdiv(REDUCING.programs * multiprocessors(x.device), n * cdiv(c, block_c))
-    return block_m, block_c, min(cdiv(h * w, block_m), wanted)
-
-
-def _merge_blocks(programs: int, group: int) -> dict[str, int]:
-    block_k = next_power_of_2(group)
-    block_p = min(next_power_of_2(programs), max(1, MERGE_ELEMENTS // block_k))
-    return {
-        "BLOCK_P": block_p,
-        "BLOCK_K": block_k,
-        "num_warps": 4 if block_k * block_p > 256 else 1,
-    }
-
-
-def _apply_launch(x: torch.Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    n, c, h, w = x.shape
-    block_m, block_c = APPLYING.blocks(c)
-    grid = (cdiv(h * w, block_m) * cdiv(c, block_c), n)
-    return grid, {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": APPLYING.warps}
+    group = c // num_groups
+    block_m, block_c = TILE.blocks(c)
+    columns, tiles = cdiv(c, block_c), cdiv(h * w, block_m)
+    # enough for every multiprocessor
+    slices = cdiv(TILE.programs * multiprocessors(x.device), n * columns)
+    slices = min(tiles, slices, max(1, MERGED // group))
+    tile = {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": TILE.warps}
+    block = next_power_of_2(slices * group)
+    merge = {"BLOCK": block, "num_warps": min(8, max(1, block // 256))}
+    return slices, (slices * columns, n), (tiles * columns, n), tile, merge
 
 
 def forward(
@@ -274,27 +243,19 @@ def forward(
     """Launch the statistics, their merge and y = act(...); returns y [N, C, H, W] channels-last,
     mean and rstd float32 [N, G]."""
     x = nhwc(x)
-    n, c, h, w = x.shape
+    residual = None if residual is None else nhwc(residual)
     y, mean, rstd = _outputs(x, num_groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    hw, group = h * w, c // num_groups
-    block_m, block_c, programs = _plan(x)
-    partials = torch.empty(n, 2, programs, c, dtype=torch.float32, device=x.device)
-    run(
-        _statistics_kernel, (programs * cdiv(c, block_c), n), x, partials, hw, c, programs,
-        BLOCK_M=block_m, BLOCK_C=block_c, num_warps=REDUCING.warps,
-    )  # fmt: skip
-    run(
-        _merge_statistics_kernel, (n * num_groups,), partials, mean, rstd,
-        hw, c, num_groups, programs, block_m, eps, **_merge_blocks(programs, group),
-    )  # fmt: skip
-    grid, blocks = _apply_launch(x)
-    has_residual = residual is not None
-    run(
-        _forward_kernel, grid, x, nhwc(residual) if has_residual else x, weight, bias, mean, rstd,
-        y, hw, c, num_groups, ACT=act, HAS_RESIDUAL=has_residual, **blocks,
-    )  # fmt: skip
+    n, c, h, w = x.shape
+    sizes = (h * w, c, num_groups)
+    slices, slice_grid, tile_grid, tile, merge = _plan(x, num_groups)
+    partials = torch.empty(n, 2, slices, c, dtype=torch.float32, device=x.device)
+    run(_statistics_kernel, slice_grid, x, partials, h * w, c, slices, **tile)
+    args = (partials, mean, rstd, *sizes, slices, tile["BLOCK_M"], eps)
+    run(_merge_statistics_kernel, (n * num_groups,), *args, **merge)
+    args = (x, residual, weight, bias, mean, rstd, y, *sizes)
+    run(_forward_kernel, tile_grid, *args, ACT=act, **tile)
     return y, mean, rstd
 
 
@@ -312,31 +273,23 @@ def backward(
     """Launch the gradients; returns dx and dresidual [N, C, H, W] channels-last (dresidual empty
     without a residual) and float32 [2, C]: dweight, dbias."""
     dy, x = nhwc(dy), nhwc(x)
-    n, c, h, w = x.shape
+    residual = None if residual is None else nhwc(residual)
     dx, dz, dparams = _gradients(x, residual)
     if dx.numel() == 0:
         return dx, dz, dparams.zero_()
-    hw, has_residual = h * w, residual is not None
-    affine = (weight, bias, mean, rstd)
-    block_m, block_c, programs = _plan(x)
-    partials = torch.empty(n, programs, 2, c, dtype=torch.float32, device=x.device)
-    run(
-        _sums_kernel, (programs * cdiv(c, block_c), n),
-        dy, x, nhwc(residual) if has_residual else x, *affine, dz, partials,
-        hw, c, num_groups, programs,
-        ACT=act, HAS_RESIDUAL=has_residual, BLOCK_M=block_m, BLOCK_C=block_c,
-        num_warps=REDUCING.warps,
-    )  # fmt: skip
+    n, c, h, w = x.shape
+    sizes, channels = (h * w, c, num_groups), (weight, bias, mean, rstd)
+    slices, slice_grid, tile_grid, tile, merge = _plan(x, num_groups)
+    partials = torch.empty(n, slices, 2, c, dtype=torch.float32, device=x.device)
+    args = (dy, x, residual, *channels, dz, partials, *sizes, slices)
+    run(_sums_kernel, slice_grid, *args, ACT=act, **tile)
     c1, c2 = torch.empty(2, n, num_groups, dtype=torch.float32, device=x.device)
-    run(
-        _merge_sums_kernel, (n * num_groups,), partials, weight, c1, c2, hw, c, num_groups,
-        programs, **_merge_blocks(programs, c // num_groups),
-    )  # fmt: skip
-    grid, blocks = _apply_launch(x)
-    run(
-        _backward_kernel, grid, dz if has_residual else dy, x, *affine, c1, c2, dx,
-        hw, c, num_groups, ACT="identity" if has_residual else act, **blocks,
-    )  # fmt: skip
+    args = (partials, weight, c1, c2, *sizes, slices)
+    run(_merge_sums_kernel, (n * num_groups,), *args, **merge)
+    if residual is not None:
+        dy, act = dz, "identity"
+    args = (dy, x, *channels, c1, c2, dx, *sizes)
+    run(_backward_kernel, tile_grid, *args, ACT=act, **tile)
     return dx, dz, torch.sum(partials, (0, 1), out=dparams)
 
 
@@ -360,16 +313,13 @@ def _op(
     residual: torch.Tensor | None,
     act: str,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors3:
     if runs_triton(x):
         return forward(x, num_groups, weight, bias, residual, act, eps)
-    outputs = _outputs(x, num_groups)
-    outputs[0].copy_(reference(x, num_groups, weight, bias, residual=residual, act=act, eps=eps))
-    groups = x.float().reshape(x.shape[0], num_groups, -1)
-    var, mean = torch.var_mean(groups, 2, correction=0)
-    outputs[1].copy_(mean)
-    outputs[2].copy_(torch.rsqrt(var + eps))
-    return outputs
+    y = reference(x, num_groups, weight, bias, residual=residual, act=act, eps=eps)
+    groups = x.float().unflatten(1, (num_groups, -1))
+    var, mean = torch.var_mean(groups, (2, 3, 4), correction=0)
+    return nhwc(y), mean, torch.rsqrt(var + eps)
 
 
 @_op.register_fake
@@ -389,24 +339,19 @@ def _backward_op(
     rstd: torch.Tensor,
     act: str,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Tensors3:
     if runs_triton(dy):
         return backward(dy, x, num_groups, weight, bias, residual, mean, rstd, act)
-    outputs = _gradients(x, residual)
-    # autograd is out of reach inside an op
     n, c, h, w = x.shape
-    wide = x.to(weight.dtype).contiguous()
-    z = F.group_norm(wide, num_groups, weight, bias, eps).to(x.dtype)
-    dz = REFERENCE_BACKWARD[act](dy, z if residual is None else z + residual)
-    dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-        dz.to(weight.dtype).contiguous(), wide, mean.to(weight.dtype), rstd.to(weight.dtype),
-        weight, n, c, h * w, num_groups, [True] * 3,
-    )  # fmt: skip
-    outputs[0].copy_(dx)
-    if residual is not None:
-        outputs[1].copy_(dz)
-    outputs[2].copy_(torch.stack((dweight, dbias)))
-    return outputs
+    z = reference(x, num_groups, weight, bias, residual=residual, act="identity", eps=eps)
+    dz = REFERENCE_BACKWARD[act](dy, z)
+    wide = (t.to(weight.dtype).contiguous() for t in (dz, x, mean, rstd))
+    dx, *dparams = torch.ops.aten.native_group_norm_backward(
+        *wide, weight, n, c, h * w, num_groups, [True] * 3
+    )
+    # an op must not return its input, which dz may be
+    dresidual = x.new_empty(0) if residual is None else nhwc(dz).clone()
+    return nhwc(dx.to(x.dtype)), dresidual, torch.stack(dparams).float()
 
 
 @_backward_op.register_fake
@@ -461,10 +406,8 @@ def group_norm_act(
     )
     for name, value in (("weight", weight), ("bias", bias)):
         check(
-            value.shape == x.shape[1:2]
-            and value.dtype == weight.dtype
-            and value.dtype in (torch.float32, x.dtype)
-            and value.device == x.device,
+            (value.shape, value.dtype, value.device) == (x.shape[1:2], weight.dtype, x.device)
+            and value.dtype in (torch.float32, x.dtype),
             lambda name=name, value=value: (
                 f"{name} {_describe(value)} must be [{x.shape[1]}] in float32 or {x.dtype} "
                 f"on {x.device}"
@@ -498,16 +441,11 @@ def _make_inputs(
     }
 
 
-def _launch(
-    x: torch.Tensor,
-    num_groups: int,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor,
-) -> None:
+def _launch(x: torch.Tensor, residual: torch.Tensor, **others) -> None:
     for addend in (None, residual):
-        y, mean, rstd = forward(x, num_groups, weight, bias, addend, "relu", 1e-5)
-        backward(y, x, num_groups, weight, bias, addend, mean, rstd, "relu")
+        inputs = {"x": x, "residual": addend, "act": "relu", **others}
+        y, mean, rstd = forward(**inputs, eps=1e-5)
+        backward(dy=y, mean=mean, rstd=rstd, **inputs)
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

@@ -121,15 +121,16 @@ def _tap(picture_ptr, x, y, weight, inside, r, g, b, STORE: tl.constexpr):
 
 @triton.jit
 def _warped(
-    picture_ptr, parameters_ptr, stride_p, x, y, inside, STORE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Bilinear samples at L (x, y) + o: three float32 [BLOCK] in 0..255."""
-    x = x.to(tl.float32)
-    y = y.to(tl.float32)
-    at_x = tl.load(parameters_ptr) * x + tl.load(parameters_ptr + stride_p) * y
-    at_x += tl.load(parameters_ptr + 2 * stride_p)
-    at_y = tl.load(parameters_ptr + 3 * stride_p) * x + tl.load(parameters_ptr + 4 * stride_p) * y
-    at_y += tl.load(parameters_ptr + 5 * stride_p)
+    picture_ptr, parameters_ptr, stride, p, inside,
+    STORE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bilinear samples at L (x, y) + o for the output pixels p: three float32 [BLOCK] in 0..255."""
+    x = (p % SIZE).to(tl.float32)
+    y = (p // SIZE).to(tl.float32)
+    at_x = tl.load(parameters_ptr) * x + tl.load(parameters_ptr + stride) * y
+    at_x += tl.load(parameters_ptr + 2 * stride)
+    at_y = tl.load(parameters_ptr + 3 * stride) * x + tl.load(parameters_ptr + 4 * stride) * y
+    at_y += tl.load(parameters_ptr + 5 * stride)
     left = tl.floor(at_x)
     top = tl.floor(at_y)
     fx = at_x - left
@@ -149,29 +150,18 @@ def _warped(
 
 
 @triton.jit
-def _shrunk(
-    picture_ptr,
-    x,
-    y,
-    inside,
-    STORE: tl.constexpr,
-    SIZE: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Mean of the stored area under output pixel (x, y): three float32 [BLOCK] in 0..255."""
+def _shrunk(picture_ptr, p, inside, STORE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean of the stored area under the output pixels p: three float32 [BLOCK] in 0..255."""
+    TAPS: tl.constexpr = STORE // SIZE if STORE % SIZE == 0 else STORE // SIZE + 2
+    x, y = p % SIZE, p // SIZE
     r = tl.zeros((BLOCK,), tl.float32)
     g = tl.zeros((BLOCK,), tl.float32)
     b = tl.zeros((BLOCK,), tl.float32)
     # in units of 1 / SIZE stored pixels everything is an exact integer
     for j in range(TAPS):
-        sy = y * STORE // SIZE + j
-        high = tl.minimum((y + 1) * STORE, (sy + 1) * SIZE)
-        part_y = tl.maximum(high - tl.maximum(y * STORE, sy * SIZE), 0)
+        sy, part_y = _covered(y, j, STORE, SIZE)
         for i in range(TAPS):
-            sx = x * STORE // SIZE + i
-            high = tl.minimum((x + 1) * STORE, (sx + 1) * SIZE)
-            part_x = tl.maximum(high - tl.maximum(x * STORE, sx * SIZE), 0)
+            sx, part_x = _covered(x, i, STORE, SIZE)
             some = inside & (part_x > 0) & (part_y > 0)
             weight = part_x.to(tl.float32) * part_y.to(tl.float32)
             r, g, b = _tap(picture_ptr, sx, sy, weight, some, r, g, b, STORE)
@@ -179,72 +169,58 @@ def _shrunk(
 
 
 @triton.jit
-def _mean_kernel(
-    images_ptr,
-    rows_ptr,
-    parameters_ptr,
-    sums_ptr,
-    count,
-    batch,
-    STORE: tl.constexpr,
-    SIZE: tl.constexpr,
-    TILES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # grid (B * TILES,); sums [B, TILES] of the view's grey
-    n = tl.program_id(0) // TILES
-    p = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows_ptr + n)
-    inside = (p < SIZE * SIZE) & (row >= 0) & (row < count)
-    r, g, b = _warped(
-        images_ptr + row * (STORE * STORE * 3),
-        parameters_ptr + n,
-        batch,
-        p % SIZE,
-        p // SIZE,
-        inside,
-        STORE,
-        BLOCK,
-    )
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(r * 0.299 + g * 0.587 + b * 0.114))
+def _covered(i, tap, STORE: tl.constexpr, SIZE: tl.constexpr):
+    """The stored pixel number `tap` under output pixel i, and how much of it lies there."""
+    stored = i * STORE // SIZE + tap
+    high = tl.minimum((i + 1) * STORE, (stored + 1) * SIZE)
+    return stored, tl.maximum(high - tl.maximum(i * STORE, stored * SIZE), 0)
 
 
 @triton.jit
-def _prep_kernel(
-    images_ptr,
-    rows_ptr,
-    parameters_ptr,
-    sums_ptr,
-    y_ptr,
-    count,
-    batch,
-    mean_r,
-    mean_g,
-    mean_b,
-    std_r,
-    std_g,
-    std_b,
-    STORE: tl.constexpr,
-    SIZE: tl.constexpr,
-    TILES: tl.constexpr,
-    TAPS: tl.constexpr,
-    HAS_WARP: tl.constexpr,
-    HAS_COLOUR: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):  # grid (B * TILES,); a row that is no picture becomes NaN: nothing can be raised from here
+def _place(
+    images_ptr, rows_ptr, count, STORE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """This program's place n in the batch and its output pixels p, the stored picture, whether
+    there is one, and the pixels that it fills."""
+    TILES: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
     n = tl.program_id(0) // TILES
     p = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + n)
     known = (row >= 0) & (row < count)
-    inside = (p < SIZE * SIZE) & known
-    picture_ptr = images_ptr + row * (STORE * STORE * 3)
-    if HAS_WARP:
-        r, g, b = _warped(
-            picture_ptr, parameters_ptr + n, batch, p % SIZE, p // SIZE, inside, STORE, BLOCK
-        )
+    return n, p, images_ptr + row * (STORE * STORE * 3), known, known & (p < SIZE * SIZE)
+
+
+@triton.jit
+def _grey(r, g, b):
+    return r * 0.299 + g * 0.587 + b * 0.114
+
+
+@triton.jit
+def _mean_kernel(
+    images_ptr, rows_ptr, parameters_ptr, sums_ptr, count, batch,
+    STORE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * TILES,); sums [B, TILES] of the view's grey."""
+    n, p, picture_ptr, _, inside = _place(images_ptr, rows_ptr, count, STORE, SIZE, BLOCK)
+    r, g, b = _warped(picture_ptr, parameters_ptr + n, batch, p, inside, STORE, SIZE, BLOCK)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(_grey(r, g, b)))
+
+
+@triton.jit
+def _prep_kernel(
+    images_ptr, rows_ptr, parameters_ptr, sums_ptr, y_ptr, count, batch,
+    mean_r, mean_g, mean_b, std_r, std_g, std_b,
+    STORE: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * TILES,). Without parameters the picture is shrunk, without sums it keeps its
+    colours. A row that is no picture becomes NaN: nothing can be raised from here."""
+    n, p, picture_ptr, known, inside = _place(images_ptr, rows_ptr, count, STORE, SIZE, BLOCK)
+    if parameters_ptr is None:
+        r, g, b = _shrunk(picture_ptr, p, inside, STORE, SIZE, BLOCK)
     else:
-        r, g, b = _shrunk(picture_ptr, p % SIZE, p // SIZE, inside, STORE, SIZE, TAPS, BLOCK)
-    if HAS_COLOUR:
+        r, g, b = _warped(picture_ptr, parameters_ptr + n, batch, p, inside, STORE, SIZE, BLOCK)
+    if sums_ptr is not None:
+        TILES: tl.constexpr = (SIZE * SIZE + BLOCK - 1) // BLOCK
         tile = tl.arange(0, BLOCK_T)
         sums = tl.load(sums_ptr + n * TILES + tile, mask=tile < TILES, other=0.0)
         middle = tl.sum(sums) / (SIZE * SIZE)
@@ -252,7 +228,7 @@ def _prep_kernel(
         contrast = tl.load(parameters_ptr + 7 * batch + n)
         saturation = tl.load(parameters_ptr + 8 * batch + n)
         own = brightness * contrast * saturation
-        grey = brightness * contrast * (1.0 - saturation) * (r * 0.299 + g * 0.587 + b * 0.114)
+        grey = brightness * contrast * (1.0 - saturation) * _grey(r, g, b)
         shared = grey + brightness * (1.0 - contrast) * middle
         r = tl.minimum(tl.maximum(own * r + shared, 0.0), 255.0)
         g = tl.minimum(tl.maximum(own * g + shared, 0.0), 255.0)
@@ -285,26 +261,16 @@ def forward(
     if not y.numel():
         return y
     tiles = cdiv(size * size, BLOCK)
-    shape = {"STORE": store, "SIZE": size, "TILES": tiles, "BLOCK": BLOCK}
-    # what a variant has no use for is any pointer: the kernel does not follow it
-    parameters = sums = images
-    has_colour = strength is not None and strength[3] > 0
+    shape = {"STORE": store, "SIZE": size, "BLOCK": BLOCK}
+    parameters = sums = None
     if strength is not None:
         parameters = draw(indices, epoch, seed, strength, store, size)
-    if has_colour:
-        sums = parameters.new_empty(batch, tiles)
-        args = (images, rows, parameters, sums, count, batch)
-        run(_mean_kernel, (batch * tiles,), *args, **shape)
-    run(
-        _prep_kernel,
-        (batch * tiles,),
-        *(images, rows, parameters, sums, y, count, batch, *mean, *std),
-        TAPS=store // size if store % size == 0 else store // size + 2,
-        HAS_WARP=strength is not None,
-        HAS_COLOUR=has_colour,
-        BLOCK_T=next_power_of_2(tiles),
-        **shape,
-    )
+        if strength[3]:
+            sums = parameters.new_empty(batch, tiles)
+            args = (images, rows, parameters, sums, count, batch)
+            run(_mean_kernel, (batch * tiles,), *args, **shape)
+    args = (images, rows, parameters, sums, y, count, batch, *mean, *std)
+    run(_prep_kernel, (batch * tiles,), *args, BLOCK_T=next_power_of_2(tiles), **shape)
     return y
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kernels.activation import ACTS
 from kernels.group_norm_act import SPEC, _op, group_norm_act, reference
-from kernels.launch import record
+from kernels.launch import record, run
 from tests.helpers import DEVICE, check_against_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -147,16 +147,16 @@ def test_empty_batch():
 def test_the_fallback_agrees(residual, generator, monkeypatch):
     inputs = make_inputs((2, 24, 7, 6, 3), torch.float32, generator, residual)
 
-    def run():
+    def outputs():
         y = group_norm_act(**inputs)
         args = (inputs["x"], 3, inputs["weight"], inputs["bias"], inputs.get("residual"))
         with torch.no_grad():
             saved = _op(*args, "relu", 1e-5)[1:]
         return y, *torch.autograd.grad(y, leaves(inputs), y.detach() + 1), *saved
 
-    ours = run()
+    ours = outputs()
     monkeypatch.setattr(room, "runs_triton", lambda tensor: False)
-    for a, b in zip(ours, run(), strict=True):
+    for a, b in zip(ours, outputs(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
 
 
@@ -226,6 +226,45 @@ def test_fills_a_gpu_at_batch_32(generator):
         for launch in recording.launches:
             programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
             assert programs >= 3 * recording.multiprocessors
+
+
+def test_offsets_beyond_31_bits(generator, tmp_path):
+    """The first rows of three images, the last of which starts at element 2.1e9; of the tensors
+    only the pages that are touched exist."""
+    n, c, groups, rows, hw = 3, 8, 2, 256, 2**27 + 5
+
+    def far(name):
+        size = (n - 1) * hw * c + rows * c
+        if DEVICE.type == "cuda":
+            memory = torch.zeros(size, dtype=torch.float16, device=DEVICE)
+        else:
+            path = str(tmp_path / name)
+            memory = torch.from_file(path, shared=True, size=size, dtype=torch.float16)
+        return memory.as_strided((n, rows, c), (hw * c, c, 1))
+
+    def first_tiles(x, out, hw):
+        """What every kernel makes of the first tile of every image of hw rows."""
+        slices = -(-hw // rows)
+        statistics = torch.zeros(n, 2, slices, c, device=DEVICE)
+        sums = torch.zeros(n, slices, 2, c, device=DEVICE)
+        tile = {"BLOCK_M": rows, "BLOCK_C": c}
+        run(room._statistics_kernel, (1, n), x, statistics, hw, c, slices, **tile)
+        sizes, act = (hw, c, groups), {"ACT": "silu", **tile}
+        run(room._forward_kernel, (1, n), x, x, *channels, out, *sizes, **act)
+        y = out.clone()
+        run(room._sums_kernel, (1, n), x, x, x, *channels, out, sums, *sizes, slices, **act)
+        dz = out.clone()
+        run(room._backward_kernel, (1, n), x, x, *channels, c1, c2, out, *sizes, **act)
+        return y, dz, out.clone(), statistics[:, :, 0], sums[:, 0]
+
+    weight, bias = torch.randn(2, c, generator=generator).to(DEVICE)
+    mean, rstd, c1, c2 = torch.randn(4, n, groups, generator=generator).to(DEVICE)
+    channels = (weight, bias, mean, rstd)
+    near = torch.randn(n, rows, c, generator=generator).half().to(DEVICE)
+    x = far("x").copy_(near)
+    expected = first_tiles(near, torch.zeros_like(near), rows)
+    for ours, truth in zip(first_tiles(x, far("out"), hw), expected, strict=True):
+        assert torch.equal(ours, truth)
 
 
 def test_reference_is_pytorch(generator):

@@ -133,6 +133,26 @@ def test_row_that_is_no_picture_is_never_silent(generator):
             assert y[0].isfinite().all()
 
 
+def test_offsets_beyond_31_bits(generator, tmp_path):
+    """The last of 11 million pictures starts at byte 2.1e9; only the pages that are touched
+    exist."""
+    store, count = 8, 2**31 // (3 * 8 * 8) + 3
+    size = count * store * store * 3
+    if DEVICE.type == "cuda":
+        memory = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    else:
+        memory = torch.from_file(str(tmp_path / "x"), shared=True, size=size, dtype=torch.uint8)
+    images = memory.view(count, store, store, 3)
+    near = images[-2:].copy_(pictures(2, store, generator)).clone()
+    for strength in STRENGTHS.values():
+        inputs = SPEC.make_inputs((2, store, 5), torch.float32, DEVICE, generator)
+        inputs["strength"] = strength
+        rows = torch.arange(2, device=DEVICE)
+        expected = image_prep(**{**inputs, "images": near}, rows=rows)
+        y = image_prep(**{**inputs, "images": images}, rows=rows + count - 2)
+        assert torch.equal(y, expected)
+
+
 def test_without_triton_it_is_the_reference(monkeypatch, generator):
     module = importlib.import_module("kernels.image_prep")
     monkeypatch.setattr(module, "runs_triton", lambda tensor: False)
