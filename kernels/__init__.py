@@ -1,42 +1,41 @@
 """Fused Triton kernels for convolutional networks, usable in any PyTorch model. Imports torch and
 triton, nothing of ours.
 
-`KERNELS` is the explicit list of rooms; adding a kernel means one file beside this one and one
-line here.
+`KERNELS` is the explicit list of rooms; a new one is imported, listed and exported here.
 """
 
-from kernels import add_relu as _add_relu
-from kernels import avg_pool as _avg_pool
-from kernels import bn_act as _bn_act
-from kernels import conv_bn_act as _conv_bn_act
-from kernels import conv_stats as _conv_stats
-from kernels import group_norm_act as _group_norm_act
-from kernels import head as _head
-from kernels import image_prep as _image_prep
-from kernels import stem_pool as _stem_pool
 from kernels.activation import ACTS
+from kernels.add_relu import SPEC as ADD_RELU
 from kernels.add_relu import add_relu
+from kernels.avg_pool import SPEC as AVG_POOL
 from kernels.avg_pool import avg_pool
+from kernels.bn_act import SPEC as BN_ACT
 from kernels.bn_act import bn_act
+from kernels.conv_bn_act import SPEC as CONV_BN_ACT
 from kernels.conv_bn_act import conv_bn_act
+from kernels.conv_stats import SPEC as CONV_STATS
 from kernels.conv_stats import conv_stats
+from kernels.group_norm_act import SPEC as GROUP_NORM_ACT
 from kernels.group_norm_act import group_norm_act
+from kernels.head import SPEC as HEAD
 from kernels.head import cross_entropy, loss_and_correct
+from kernels.image_prep import SPEC as IMAGE_PREP
 from kernels.image_prep import image_prep
 from kernels.launch import why_not_triton
 from kernels.spec import KernelSpec
+from kernels.stem_pool import SPEC as STEM_POOL
 from kernels.stem_pool import bn_act_pool
 
 KERNELS: tuple[KernelSpec, ...] = (
-    _add_relu.SPEC,
-    _bn_act.SPEC,
-    _stem_pool.SPEC,
-    _conv_stats.SPEC,
-    _conv_bn_act.SPEC,
-    _group_norm_act.SPEC,
-    _avg_pool.SPEC,
-    _head.SPEC,
-    _image_prep.SPEC,
+    ADD_RELU,
+    BN_ACT,
+    STEM_POOL,
+    CONV_STATS,
+    CONV_BN_ACT,
+    GROUP_NORM_ACT,
+    AVG_POOL,
+    HEAD,
+    IMAGE_PREP,
 )
 
 __all__ = [

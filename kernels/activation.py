@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.launch import tl, triton
+from kernels.launch import check, tl, triton
 
 REFERENCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda z: z,
@@ -22,6 +22,12 @@ REFERENCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 ACTS = tuple(REFERENCE)
 MASK_ACTS = ("identity", "relu", "leaky_relu")  # the sign of the output decides the derivative
+
+
+def check_act(act: str) -> None:
+    """Raise ValueError unless `act` is one of ACTS."""
+    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
+
 
 aten = torch.ops.aten
 # act'(z) * dy; autograd is out of reach inside the CPU implementation of a torch.library op
@@ -68,7 +74,7 @@ def activate_grad(z, ACT: tl.constexpr):
         t = _tanh_softplus(z)
         d = t + z * tl.sigmoid(z) * (1.0 - t * t)
     else:
-        d = z * 0.0 + 1.0
+        d = tl.full(z.shape, 1.0, tl.float32)
     return d
 
 

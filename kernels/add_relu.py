@@ -14,8 +14,26 @@ the storage type before the activation, as in eager PyTorch.
 
 import torch
 
-from kernels.activation import ACTS, MASK_ACTS, REFERENCE, activate, activate_grad
-from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.activation import (
+    MASK_ACTS,
+    REFERENCE,
+    REFERENCE_BACKWARD,
+    activate,
+    activate_grad,
+    check_act,
+)
+from kernels.launch import (
+    cdiv,
+    check,
+    check_image,
+    describe,
+    empty_nhwc,
+    nhwc,
+    run,
+    runs_triton,
+    tl,
+    triton,
+)
 from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -39,13 +57,12 @@ def _forward_kernel(a_ptr, b_ptr, y_ptr, numel, ACT: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _backward_kernel(
-    dy_ptr, a_ptr, b_ptr, dz_ptr, numel, ACT: tl.constexpr, HAS_B: tl.constexpr, BLOCK: tl.constexpr
-):
+def _backward_kernel(dy_ptr, a_ptr, b_ptr, dz_ptr, numel, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    """Without b, a stands for y: its sign is that of a + b."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(a_ptr + offsets, mask=inside).to(tl.float32)
-    if HAS_B:
+    if b_ptr is not None:
         z += tl.load(b_ptr + offsets, mask=inside).to(tl.float32)
         z = rounded(z, dz_ptr.dtype.element_ty).to(tl.float32)
     dy = tl.load(dy_ptr + offsets, mask=inside).to(tl.float32)
@@ -63,57 +80,49 @@ def forward(a: torch.Tensor, b: torch.Tensor, act: str) -> torch.Tensor:
     return y
 
 
-def backward(
-    dy: torch.Tensor, z: torch.Tensor, addend: torch.Tensor | None, act: str
-) -> torch.Tensor:
-    """Launch dz = dy * act'(z + addend); z is the output y where `act` is a mask activation and
-    addend is None."""
-    dy, z = nhwc(dy), nhwc(z)
-    addend = None if addend is None else nhwc(addend)
-    dz = empty_nhwc(*z.shape, like=z)
+def backward(dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None, act: str) -> torch.Tensor:
+    """Launch dz = dy * act'(a + b); for the MASK_ACTS a may be the output y, and b None."""
+    dy, a = nhwc(dy), nhwc(a)
+    b = None if b is None else nhwc(b)
+    dz = empty_nhwc(*a.shape, like=a)
     if dz.numel():
         grid = (cdiv(dz.numel(), BLOCK),)
-        has_b = addend is not None
-        args = (dy, z, addend if has_b else z, dz, dz.numel())
-        run(_backward_kernel, grid, *args, ACT=act, HAS_B=has_b, BLOCK=BLOCK)
+        run(_backward_kernel, grid, dy, a, b, dz, dz.numel(), ACT=act, BLOCK=BLOCK)
     return dz
 
 
 @torch.library.custom_op("lapis::add_relu", mutates_args=())
 def _op(a: torch.Tensor, b: torch.Tensor, act: str) -> torch.Tensor:
-    return forward(a, b, act) if runs_triton(a) else nhwc(reference(a, b, act)).clone()
+    return forward(a, b, act) if runs_triton(a) else nhwc(reference(a, b, act))
 
 
 @_op.register_fake
-def _(a: torch.Tensor, b: torch.Tensor, act: str) -> torch.Tensor:
+def _(a, b, act):
     return empty_nhwc(*a.shape, like=a)
 
 
 @torch.library.custom_op("lapis::add_relu_backward", mutates_args=())
 def _backward_op(
-    dy: torch.Tensor, z: torch.Tensor, addend: torch.Tensor | None, act: str
+    dy: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None, act: str
 ) -> torch.Tensor:
     if runs_triton(dy):
-        return backward(dy, z, addend, act)
-    # vjp, because an op's implementation runs below autograd
-    _, pullback = torch.func.vjp(REFERENCE[act], z if addend is None else z + addend)
-    (dz,) = pullback(dy.to(z.dtype))
-    return nhwc(dz).clone()
+        return backward(dy, a, b, act)
+    dz = REFERENCE_BACKWARD[act](dy, a if b is None else a + b)
+    return nhwc(dz).clone()  # identity's is dy, and an op may not return its input
 
 
 @_backward_op.register_fake
-def _(dy: torch.Tensor, z: torch.Tensor, addend: torch.Tensor | None, act: str) -> torch.Tensor:
-    return empty_nhwc(*z.shape, like=z)
+def _(dy, a, b, act):
+    return empty_nhwc(*a.shape, like=a)
 
 
 def _save(ctx, inputs, output) -> None:
     a, b, ctx.act = inputs
-    ctx.save_for_backward(*((output,) if ctx.act in MASK_ACTS else (a, b)))
+    ctx.save_for_backward(*((output, None) if ctx.act in MASK_ACTS else (a, b)))
 
 
 def _differentiate(ctx, dy):
-    z, addend = (*ctx.saved_tensors, None)[:2]
-    dz = _backward_op(dy, z, addend, ctx.act)
+    dz = _backward_op(dy, *ctx.saved_tensors, ctx.act)
     return dz, dz, None
 
 
@@ -124,20 +133,16 @@ def add_relu(a: torch.Tensor, b: torch.Tensor, act: str = "relu") -> torch.Tenso
     """act(a + b) for a, b [N, C, H, W] of one shape, dtype and device; returns channels-last [N,
     C, H, W].
 
-    Raises ValueError when the shapes, dtypes or devices differ, the tensors are not 4-D, or `act`
-    is unknown.
+    Raises ValueError when the shapes, dtypes or devices differ, the tensors are not 4-D, not in
+    float32, bfloat16 or float16, or `act` is unknown.
     """
-    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
-    check(a.dim() == 4, lambda: f"a must be [N, C, H, W], not {tuple(a.shape)}")
+    check_act(act)
+    check_image("a", a)
     check(
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device),
-        lambda: f"a {_describe(a)} and b {_describe(b)} must be alike",
+        lambda: f"a {describe(a)} and b {describe(b)} must be alike",
     )
     return _op(a, b, act)
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def _make_inputs(
@@ -151,8 +156,9 @@ def _make_inputs(
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor) -> None:
-    y = forward(a, b, "relu")
-    backward(y, y, None, "relu")
+    for act in ("relu", "silu"):
+        y = forward(a, b, act)
+        backward(y, *((y, None) if act in MASK_ACTS else (a, b)), act)
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

@@ -14,7 +14,7 @@ Triton cannot run the op is `reference`.
 
 import torch
 
-from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.launch import cdiv, check, check_image, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
@@ -122,7 +122,7 @@ def avg_pool(x: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError for another number of dimensions or no pixels.
     """
-    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
+    check_image("x", x)
     check(x.shape[2] * x.shape[3] > 0, lambda: f"x {tuple(x.shape)} has no pixels to average")
     return _op(x)
 

@@ -26,32 +26,30 @@ or the residual itself (smooth activations). z is rounded to the storage type be
 activation, as in eager PyTorch, and recomputed by the same expression.
 
 Layout: x, residual, r [N, C, H, W] of one shape and dtype, any strides; copied once unless
-channels-last. Sums are float32 in a fixed order. The kernels are in bn_passes.py, the
-statistics in bn_stats.py. Where Triton cannot run the op is `reference`.
+channels-last. Sums are float32 in a fixed order. The passes are in bn_passes.py, the sums of the
+backward in bn_sums.py, the statistics in bn_stats.py. Where Triton cannot run the op is
+`reference`.
 """
 
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, MASK_ACTS, REFERENCE, REFERENCE_BACKWARD
-from kernels.bn_passes import (
-    Channels,
-    backward,
-    empty_gradients,
-    empty_outputs,
-    forward,
-    keeps_mask,
-    kind_of,
+from kernels.activation import MASK_ACTS, REFERENCE, REFERENCE_BACKWARD
+from kernels.bn_checks import (
+    Norm,
+    Stats,
+    check_inputs,
+    check_norm,
+    describe,
+    reference_gradients,
 )
-from kernels.bn_stats import batch_statistics, statistics
+from kernels.bn_passes import backward, empty_outputs, forward, keeps_mask
+from kernels.bn_stats import FOLD_ABOVE, batch_statistics, statistics
 from kernels.bn_stats import reference as reference_statistics
-from kernels.launch import check, nhwc, runs_triton
+from kernels.bn_sums import coefficients, kind_of, sums
+from kernels.launch import check, empty_nhwc, nhwc, runs_triton
 from kernels.shapes import STAGES
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
-
-# weight, bias, running_mean, running_var, eps
-Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, float]
-Stats = tuple[torch.Tensor, torch.Tensor]
 
 
 def reference(
@@ -104,35 +102,25 @@ def unpack(mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return bits.flatten(1)[:, :c].view(n, h, w, c).permute(0, 3, 1, 2).bool()
 
 
-def _norm_backward(
-    dz: torch.Tensor, x: torch.Tensor, norm: Channels, eps: float, training: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # dx, dweight, dbias by the equations above
-    dz, centred = dz.float(), x.float() - norm[2].float()[:, None, None]
-    inv = (norm[3].float() + eps).rsqrt()
-    s1, s2 = dz.sum((0, 2, 3)), (dz * centred).sum((0, 2, 3))
-    dx = dz
-    if training:
-        m = max(1, x.numel() // x.shape[1])
-        dx = dz - (s1[:, None, None] + (inv * inv * s2)[:, None, None] * centred) / m
-    return (dx * (norm[0] * inv)[:, None, None]).to(x.dtype), inv * s2, s1
-
-
 def _reference_backward(
-    dy, x, norm, residual, r_norm, mask, kind, act, training, eps, r_eps
+    dy, x, norm, residual, r_norm, mask, act, training
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if keeps_mask(act, kind):
+    if mask is not None:
         z = torch.where(unpack(mask, x.shape), 1.0, -1.0).to(x.dtype)
     else:
-        r_args = None if r_norm is None else (*r_norm, r_eps)
-        options = {"residual": residual, "residual_norm": r_args, "eps": eps}
-        z = reference(x, *norm, act="identity", training=False, **options)[0]
+        z = _reference_output(x, norm, residual, r_norm, "identity")
     dr = dz = REFERENCE_BACKWARD[act](dy, z)
-    dx, *dparams = _norm_backward(dz, x, norm, eps, training)
+    dx, *dparams = reference_gradients(dz, x, norm, training)
     if r_norm is not None:
-        dr, *more = _norm_backward(dz, residual, r_norm, r_eps, training)
+        dr, *more = reference_gradients(dz, residual, r_norm, training)
         dparams += more
     return dx, dr, torch.stack(dparams)
+
+
+def _reference_output(x, norm, residual, r_norm, act) -> torch.Tensor:
+    *channels, eps = norm
+    options = {"residual": residual, "residual_norm": r_norm, "training": False, "eps": eps}
+    return reference(x, *channels, act=act, **options)[0]
 
 
 @torch.library.custom_op("lapis::bn_act", mutates_args=())
@@ -152,19 +140,19 @@ def _op(
     eps: float,
     r_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    norm, r_norm = (weight, bias, mean, var), _channels(r_weight, r_bias, r_mean, r_var)
+    norm, r_norm = _norms(weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps)
     if runs_triton(x):
-        return forward(x, norm, residual, r_norm, act, eps, r_eps)
-    options = {"act": act, "training": False, "eps": eps, "residual": residual}
-    if r_norm is not None:
-        options["residual_norm"] = (*r_norm, r_eps)
-    y = reference(x, *norm, **options)[0]
+        return forward(x, norm, residual, r_norm, act)
+    y = _reference_output(x, norm, residual, r_norm, act)
     kept = keeps_mask(act, kind_of(residual, r_norm))
     return nhwc(y), pack(y > 0) if kept else x.new_empty(0, dtype=torch.uint8)
 
 
-def _channels(*tensors: torch.Tensor | None) -> Channels | None:
-    return None if tensors[0] is None else tensors
+def _norms(
+    weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps
+) -> tuple[Norm, Norm | None]:
+    r_norm = None if r_weight is None else Norm(r_weight, r_bias, r_mean, r_var, r_eps)
+    return Norm(weight, bias, mean, var, eps), r_norm
 
 
 @_op.register_fake
@@ -194,13 +182,16 @@ def _backward_op(
     eps: float,
     r_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    norm, r_norm = (weight, bias, mean, var), _channels(r_weight, r_bias, r_mean, r_var)
-    args = (dy, x, norm, residual, r_norm, mask, kind, act, training, eps, r_eps)
-    if runs_triton(x):
-        return backward(*args)
-    dx, dr, dparams = _reference_backward(*args)
-    own = empty_gradients(x, kind, act)[1].dim() == 4
-    return nhwc(dx), nhwc(dr) if own else x.new_empty(0), dparams
+    norm, r_norm = _norms(weight, bias, mean, var, eps, r_weight, r_bias, r_mean, r_var, r_eps)
+    launched = backward if runs_triton(x) else _reference_backward
+    kept = mask if keeps_mask(act, kind) else None
+    dx, dr, dparams = launched(dy, x, norm, residual, r_norm, kept, act, training)
+    return nhwc(dx), nhwc(dr) if _has_own_gradient(kind, act) else x.new_empty(0), dparams
+
+
+def _has_own_gradient(kind: str, act: str) -> bool:
+    # that of a residual added to an identity is dy, which is at hand
+    return kind == "norm" or (kind == "add" and act != "identity")
 
 
 @_backward_op.register_fake
@@ -208,7 +199,8 @@ def _(
     dy, x, weight, bias, mean, var, residual, r_weight, r_bias, r_mean, r_var, mask, kind, act,
     training, eps, r_eps,
 ):  # fmt: skip
-    dx, dr = empty_gradients(x, kind, act)
+    dx = empty_nhwc(*x.shape, like=x)
+    dr = empty_nhwc(*x.shape, like=x) if _has_own_gradient(kind, act) else x.new_empty(0)
     return dx, dr, x.new_empty((4 if kind == "norm" else 2, x.shape[1]), dtype=torch.float32)
 
 
@@ -267,69 +259,35 @@ def bn_act(
     Raises ValueError for an unknown `act`, for a tensor of another shape, dtype or device, when
     training on a single value per channel, and when running statistics are missing.
     """
-    norms = [("", weight, bias, running_mean, running_var, stats)]
+    norms, delivered = [Norm(weight, bias, running_mean, running_var, eps)], [stats]
+    check_inputs(x, act, training)
+    check_norm(x, norms[0], training, stats)
+    if residual is not None:
+        check(
+            (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device),
+            lambda: f"residual {describe(residual)} must be like x {describe(x)}",
+        )
     if residual_norm is not None:
         check(residual is not None, lambda: "residual_norm needs a residual")
-        *r_norm, r_eps = residual_norm
-        norms.append(("residual ", *r_norm, residual_stats))
-    _check_inputs(x, residual, act, training)
-    for name, *tensors, delivered in norms:
-        _check_norm(name, x, *tensors, delivered, training)
+        norms.append(Norm(*residual_norm))
+        delivered.append(residual_stats)
+        check_norm(x, norms[1], training, residual_stats, "residual ")
 
     if not training:
-        found = [(running_mean, running_var) for *_, running_mean, running_var, _ in norms]
-    elif all(delivered is not None for *_, delivered in norms):
-        found = [delivered for *_, delivered in norms]
+        found = [(norm.mean, norm.var) for norm in norms]
+    elif None not in delivered:
+        found = delivered
     else:
-        second = residual.detach() if residual_norm is not None else None
+        second = residual.detach() if len(norms) == 2 else None
         measured = batch_statistics(x.detach(), second).unbind(1)
-        found = [norm[-1] or tuple(pair) for norm, pair in zip(norms, measured, strict=True)]
-    r_args, r_eps = ((*r_norm[:2], *found[1]), r_eps) if residual_norm else ((None,) * 4, eps)
+        found = [given or tuple(pair) for given, pair in zip(delivered, measured, strict=True)]
+    r_args, r_eps = (None,) * 4, eps
+    if len(norms) == 2:
+        r_args, r_eps = (*norms[1][:2], *found[1]), norms[1].eps
     y, _ = _op(x, weight, bias, *found[0], residual, *r_args, act, training, eps, r_eps)
     if not training:
         return y, *(None, None) * len(norms)
     return y, *(tensor for pair in found for tensor in pair)
-
-
-def _check_inputs(x: torch.Tensor, residual: torch.Tensor | None, act: str, training: bool) -> None:
-    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
-    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
-    check(
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16),
-        lambda: f"x must be float32, bfloat16 or float16, not {x.dtype}",
-    )
-    check(
-        not training or x.shape[0] * x.shape[2] * x.shape[3] != 1,
-        lambda: f"training needs more than one value per channel, x is {tuple(x.shape)}",
-    )
-    if residual is not None:
-        check(
-            (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device),
-            lambda: f"residual {_describe(residual)} must be like x {_describe(x)}",
-        )
-
-
-def _check_norm(name, x, weight, bias, running_mean, running_var, delivered, training) -> None:
-    tensors = {"weight": weight, "bias": bias}
-    if not training:
-        tensors |= {"running_mean": running_mean, "running_var": running_var}
-    elif delivered is not None:
-        tensors |= {"mean": delivered[0], "var": delivered[1]}
-    for label, t in tensors.items():
-        check(t is not None, lambda label=label: f"{name}{label} is missing")
-        check(
-            t.shape == x.shape[1:2]
-            and t.dtype in (torch.float32, x.dtype)
-            and t.device == x.device,
-            lambda label=label, t=t: (
-                f"{name}{label} {_describe(t)} must be [{x.shape[1]}] in "
-                f"float32 or {x.dtype} on {x.device}"
-            ),
-        )
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def _make_inputs(
@@ -350,14 +308,17 @@ def _make_inputs(
 
 
 def _launch(x, weight, bias, running_mean, running_var, residual) -> None:
-    norm = (weight, bias, running_mean, running_var)
+    norm = Norm(weight, bias, running_mean, running_var, 1e-5)
     statistics(x)
     statistics(x, residual)
     for r, r_norm in ((None, None), (residual, None), (residual, norm)):
-        y, mask = forward(x, norm, r, r_norm, "relu", 1e-5, 1e-5)
-        kind = kind_of(r, r_norm)
+        y, mask = forward(x, norm, r, r_norm, "relu")
+        saved = (None, None, mask) if kind_of(r, r_norm) == "add" else (r, r_norm, None)
         for training in (True, False):
-            backward(y, x, norm, r, r_norm, mask, kind, "relu", training, 1e-5, 1e-5)
+            backward(y, x, norm, *saved, "relu", training)
+        sums(y, x, norm, "relu", *saved, dy2=y)
+    many = torch.empty((2, FOLD_ABOVE + 1, x.shape[1]), device=x.device)
+    coefficients(many, x.numel() // x.shape[1], norm)
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

@@ -12,19 +12,19 @@ Layouts: see `conv_gemm`. Where Triton cannot run the op is `reference`.
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, REFERENCE
+from kernels.activation import REFERENCE, check_act
+from kernels.bn_checks import Norm
 from kernels.conv_gemm import (
     SITES,
     Tile,
     choose,
     conv_cost,
     convolve,
-    describe,
     empty_output,
     make_conv_inputs,
     prepared,
 )
-from kernels.launch import check, nhwc, runs_triton
+from kernels.launch import check, describe, nhwc, runs_triton
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
 
@@ -52,23 +52,19 @@ def reference(
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
-    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    norm: Norm,
     residual: torch.Tensor | None,
     stride: int,
     padding: int,
     act: str,
-    eps: float,
     tile: Tile | None = None,
 ) -> torch.Tensor:
-    """Launch y = act(batch_norm(conv(x)) + residual) with norm = (weight, bias, mean, var), each
-    [K]."""
+    """Launch y = act(norm(conv(x)) + residual)."""
     y = empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
     if rows:
-        epilogue = (y, *norm, y if residual is None else nhwc(residual))
-        flags = {"STATS": False, "HAS_RESIDUAL": residual is not None, "ACT": act}
-        tile = tile or choose(x, k, rows)
-        convolve(x, weight, y, stride, padding, tile, epilogue, eps, **flags)
+        epilogue = {"norm": norm, "residual": residual, "act": act}
+        convolve(x, weight, y, stride, padding, tile or choose(x, k, rows), **epilogue)
     return y
 
 
@@ -86,10 +82,10 @@ def _op(
     act: str,
     eps: float,
 ) -> torch.Tensor:
-    norm = (bn_weight, bn_bias, running_mean, running_var)
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, eps)
     if runs_triton(x):
-        return forward(x, weight, norm, residual, stride, padding, act, eps)
-    return nhwc(reference(x, weight, *norm, residual, stride, padding, act, eps))
+        return forward(x, weight, norm, residual, stride, padding, act)
+    return nhwc(reference(x, weight, *norm[:4], residual, stride, padding, act, eps))
 
 
 @_op.register_fake
@@ -131,7 +127,7 @@ def conv_bn_act(
     RuntimeError when a gradient is asked of the output.
     """
     x, weight = prepared(x, weight, stride, padding)
-    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
+    check_act(act)
     norm = {"bn_weight": bn_weight, "bn_bias": bn_bias,
             "running_mean": running_mean, "running_var": running_var}  # fmt: skip
     for name, value in norm.items():
@@ -188,8 +184,8 @@ def _launch(
     stride: int,
     padding: int,
 ) -> None:
-    norm = (bn_weight, bn_bias, running_mean, running_var)
-    forward(x, weight, norm, residual, stride, padding, "relu", 1e-5)
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, 1e-5)
+    forward(x, weight, norm, residual, stride, padding, "relu")
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

@@ -17,11 +17,15 @@ from dataclasses import dataclass
 import torch
 
 from kernels.activation import activate
+from kernels.bn_checks import Norm
 from kernels.bn_stats import store_partial
+from kernels.bn_sums import affine, load, normalized
+from kernels.conv_prologue import Normed, normed, stored_h
 from kernels.launch import (
     capability,
     cdiv,
     check,
+    check_image,
     empty_nhwc,
     multiprocessors,
     nhwc,
@@ -35,6 +39,7 @@ from kernels.spec import Cost, Inputs, Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMAGE_CHANNELS = 4  # what C <= 4 is padded to
+NO_NORM = (None, None, None, None, 0.0)
 # [N, C, H, W, K, R, stride, padding] at batch 32
 SITES = tuple((32, s.c, s.h, s.w, s.k, s.r, s.stride, s.padding) for s in RESNET34)
 
@@ -65,36 +70,15 @@ FLOAT32 = (Tile(64, 64, 16, 4, 2),)  # no matrix instructions: for checks
 
 @triton.jit
 def _conv_kernel(
-    x_ptr,
-    w_ptr,
-    y_ptr,
-    partials_ptr,
-    weight_ptr,
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    residual_ptr,
-    rows,
-    eps,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    PIXEL: tl.constexpr,  # elements of x between two columns
-    STATS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    x_ptr, in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, in_eps,
+    w_ptr, y_ptr, partials_ptr,
+    weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, residual_ptr, rows,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, PIXEL: tl.constexpr, IN_ACT: tl.constexpr, ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """PIXEL: elements of x between two columns. A pointer that is None switches its part off."""
     # filters run fastest: the programs that read one stretch of x run together, W stays in L2
     tile = tl.program_id(0) // tl.cdiv(K, BLOCK_N)
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -124,12 +108,16 @@ def _conv_kernel(
             x_inside = x_inside & (c < C - first_c)[None, :]
             w_inside = (c < C - first_c)[:, None]
         x = tl.load(x_ptrs + ((r * W + s) * PIXEL + first_c), mask=x_inside, other=0.0)
+        if in_mean_ptr is not None:
+            at = (first_c + c)[None, :]
+            mean, s_, b = affine(in_weight_ptr, in_bias_ptr, in_mean_ptr, in_var_ptr, at, C, in_eps)
+            x = normed(x, x_inside, mean, s_, b, IN_ACT)
         weight = tl.load(w_ptrs + (tap * C + first_c), mask=w_inside, other=0.0)
         acc = dot(x, weight, acc)
 
     offsets = m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < rows)[:, None] & (k < K)[None, :]
-    if STATS:
+    if partials_ptr is not None:
         y = rounded(acc, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=inside)
         y = tl.where((m < rows)[:, None], y.to(tl.float32), 0.0)
@@ -140,13 +128,10 @@ def _conv_kernel(
         m2 = tl.sum(away * away, axis=0)
         store_partial(partials_ptr, mean, m2, tile, tl.cdiv(rows, BLOCK_M), k, K, k < K)
     else:
-        s = tl.load(weight_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        s *= tl.rsqrt(tl.load(var_ptr + k, mask=k < K, other=1.0).to(tl.float32) + eps)
-        mean = tl.load(mean_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        z = (acc - mean[None, :]) * s[None, :] + bias[None, :]
-        if HAS_RESIDUAL:
-            z += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        mean, scale, bias = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, k[None, :], K, eps)
+        z = normalized(acc, mean, scale, bias)
+        if residual_ptr is not None:
+            z += load(residual_ptr, offsets, inside)
         tl.store(y_ptr + offsets, rounded(activate(z, ACT), y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -195,20 +180,22 @@ def _pack(x: torch.Tensor, columns: int, padding: int) -> torch.Tensor:
 
 
 def convolve(
-    x: torch.Tensor,
+    h: torch.Tensor | Normed,
     weight: torch.Tensor,
     y: torch.Tensor,
     stride: int,
     padding: int,
     tile: Tile,
-    epilogue: tuple[torch.Tensor, ...],
-    eps: float = 0.0,
-    **flags: bool | str,
+    *,
+    partials: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    act: str = "identity",
 ) -> None:
-    """Launch the product; epilogue = (partials, weight, bias, mean, var, residual), where the
-    middle ones are BatchNorm's, and y stands for those not used."""
-    x, weight = nhwc(x), nhwc(weight)
-    (_, c, h, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
+    """Launch y = conv(h), with the `partials` of its statistics float32 [2, T, K], one a tile of
+    rows; or y = act(norm(conv(h)) [+ residual])."""
+    x, weight = stored_h(h), nhwc(weight)
+    (_, c, height, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
     pad_w, pixel = padding, c
     if c <= IMAGE_CHANNELS:
         taps = s + -s % 4  # columns a filter row takes: their channels fill 16-byte loads
@@ -216,15 +203,17 @@ def convolve(
         w += w % 2  # rows start at 16 bytes
         x, weight = _pack(x, w, padding), _pack(weight, taps, 0)
         c, s, pad_w, pixel = taps * IMAGE_CHANNELS, 1, 0, IMAGE_CHANNELS
-    sizes = {"H": h, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s}
+    (in_norm, in_act) = (h.norm, h.act) if isinstance(h, Normed) else (NO_NORM, "")
+    residual = None if residual is None else nhwc(residual)
+    args = (x, *in_norm, weight, y, partials, *(norm or NO_NORM), residual, n * p * q)
+    sizes = {"H": height, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s}
     steps = {"STRIDE": stride, "PAD_H": padding, "PAD_W": pad_w, "PIXEL": pixel}
     # a power of two that divides C where there is one from 16 up: no masked channels
     block_k = min(tile.block_k, max(16, c & -c))
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    args = (x, weight, y, *epilogue, n * p * q, eps)
     grid = (_programs(tile, n * p * q, k),)
-    run(_conv_kernel, grid, *args, **sizes, **steps, **flags, **blocks, **options)
+    run(_conv_kernel, grid, *args, **sizes, **steps, IN_ACT=in_act, ACT=act, **blocks, **options)
 
 
 def empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
@@ -236,15 +225,14 @@ def empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: in
 def prepared(
     x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    check_image("x", x)
     check(weight.dim() == 4, lambda: f"weight must be [K, C, R, S], not {tuple(weight.shape)}")
     check(
         x.device == weight.device,
         lambda: f"x on {x.device} and weight on {weight.device} must be on one device",
     )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    check(x.dtype in DTYPES, lambda: f"x must be bfloat16, float16 or float32, not {x.dtype}")
     (c, h, w), (k, weight_c, r, s) = x.shape[1:], weight.shape
     check(
         c == weight_c,
@@ -264,10 +252,6 @@ def prepared(
         lambda: f"weight {r}x{s} is larger than x {h}x{w} with padding {padding}",
     )
     return x, weight.to(x.dtype)
-
-
-def describe(x: torch.Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def make_conv_inputs(

@@ -25,6 +25,7 @@ from kernels.conv_gemm import (
     make_conv_inputs,
     prepared,
 )
+from kernels.conv_prologue import Normed, stored_h
 from kernels.launch import cdiv, nhwc, runs_triton
 from kernels.spec import Cost, KernelSpec, Shape
 
@@ -42,10 +43,15 @@ def reference(
 
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int, tile: Tile | None = None
+    h: torch.Tensor | Normed,
+    weight: torch.Tensor,
+    stride: int,
+    padding: int,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch y = conv(x) and the merge of its statistics; returns y and float32 [2, K]: means,
-    then biased variances (zeros for an empty batch)."""
+    """Launch y = conv(h) and the merge of its statistics, h [N, C, H, W] stored or made on load;
+    returns y and float32 [2, K]: means, then biased variances (zeros for an empty batch)."""
+    x = stored_h(h)
     y = empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
     if not rows:
@@ -53,8 +59,7 @@ def forward(
     tile = tile or choose(x, k, rows)
     tiles = cdiv(rows, tile.block_m)
     partials = torch.empty((2, tiles, k), dtype=torch.float32, device=x.device)
-    flags = {"STATS": True, "HAS_RESIDUAL": False, "ACT": "identity"}
-    convolve(x, weight, y, stride, padding, tile, (partials, *[y] * 5), **flags)
+    convolve(h, weight, y, stride, padding, tile, partials=partials)
     return y, merge(partials, rows, tile.block_m)
 
 

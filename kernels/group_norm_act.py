@@ -23,11 +23,13 @@ activation. Where Triton cannot run the op is `reference`.
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
+from kernels.activation import REFERENCE, REFERENCE_BACKWARD, activate, activate_grad, check_act
 from kernels.bn_stats import Tile, _moments, combine, store_partial, tile_position
 from kernels.launch import (
     cdiv,
     check,
+    check_image,
+    describe,
     empty_nhwc,
     multiprocessors,
     next_power_of_2,
@@ -394,12 +396,8 @@ def group_norm_act(
     dtype. residual: like x.
     Raises ValueError when a shape, dtype or device does not fit or `act` is unknown.
     """
-    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
-    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
-    check(
-        x.dtype in (torch.float32, torch.bfloat16, torch.float16),
-        lambda: f"x must be float32, bfloat16 or float16, not {x.dtype}",
-    )
+    check_act(act)
+    check_image("x", x)
     check(
         num_groups >= 1 and x.shape[1] % num_groups == 0,
         lambda: f"num_groups must divide the {x.shape[1]} channels of x, {num_groups} does not",
@@ -409,20 +407,16 @@ def group_norm_act(
             (value.shape, value.dtype, value.device) == (x.shape[1:2], weight.dtype, x.device)
             and value.dtype in (torch.float32, x.dtype),
             lambda name=name, value=value: (
-                f"{name} {_describe(value)} must be [{x.shape[1]}] in float32 or {x.dtype} "
+                f"{name} {describe(value)} must be [{x.shape[1]}] in float32 or {x.dtype} "
                 f"on {x.device}"
             ),
         )
     check(
         residual is None
         or (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device),
-        lambda: f"residual {_describe(residual)} must be like x {_describe(x)}",
+        lambda: f"residual {describe(residual)} must be like x {describe(x)}",
     )
     return _op(x, num_groups, weight, bias, residual, act, eps)[0]
-
-
-def _describe(x: torch.Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
 
 
 def _make_inputs(

@@ -186,3 +186,17 @@ def check(condition: bool, message: Callable[[], str]) -> None:
     """Raise ValueError with a lazily built message unless `condition` holds."""
     if not condition:
         raise ValueError(message())
+
+
+def describe(x: torch.Tensor) -> str:
+    """Shape, dtype and device, as they stand in error messages."""
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def check_image(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless x is [N, C, H, W] of a type that the kernels take."""
+    check(x.dim() == 4, lambda: f"{name} must be [N, C, H, W], not {tuple(x.shape)}")
+    check(
+        x.dtype in (torch.float32, torch.bfloat16, torch.float16),
+        lambda: f"{name} must be float32, bfloat16 or float16, not {x.dtype}",
+    )

@@ -26,9 +26,9 @@ class KernelSpec:
         `reference` is plain PyTorch in any dtype, the truth of the numerics.
     make_inputs: (shape, dtype, device, generator) -> fresh random inputs; the float tensors that
         take a gradient require it.
-    launch: calls every plain launcher of the room once, forward then backward, on such inputs;
-        works on meta tensors inside `launch.record`, which is how ahead-of-time compilation
-        learns what to compile.
+    launch: calls every plain launcher of the room, forward then backward, on such inputs, once for
+        every variant that changes the machine code of a step; works on meta tensors inside
+        `launch.record`, which is how ahead-of-time compilation learns what to compile.
     cost: (shape, bytes of an element) -> {"forward": Cost, "backward": Cost}.
     shapes: the room's sites in ResNet-34 at batch 32, 224x224, in the layout its docstring names.
     """

@@ -1,16 +1,15 @@
 """bn_act_pool: BatchNorm, activation and the stem's 3x3, stride 2, padding 1 max-pool in one pass.
 
-    forward    z = (x - mean)*s + bias, s = weight*inv, inv = rsqrt(var + eps)
+    forward    z = (x - mean)*s + bias, s = weight / sqrt(var + eps)
                y[p, q] = max of act(z) over the 3x3 window centred on x[2p, 2q]
     backward   dz = act'(z) * (sum of dy over the windows whose maximum x is)
-               S1 = sum dz, S2 = sum dz*(x - mean); dbias = S1, dweight = inv*S2
-               dx = A*dz + B*(x - mean) + C in training, s*dz with frozen statistics
-               A = s, B = -s*inv^2*S2/m, C = -s*S1/m, m = N*H*W
+               dx, dweight and dbias follow from dz by the equations of bn_act.py, m = N*H*W
 
-dz is zero outside the arg-max, so S1 and S2 are sums over windows, of dy and of the x that won.
-That x is written by the forward (`x_max`, beside a one-byte position 0..8): gathering it later
-would touch nearly every sector of x. dx is written once, without atomics: the pixels 2p..2p+1,
-2q..2q+1 receive from the windows p..p+1, q..q+1 alone, and 9 comparisons say which point at which.
+dz is zero outside the arg-max, so its sums run over windows, of dy and of the x that won: those of
+bn_act over the pooled tensors. That x is written by the forward (`x_max`, beside a one-byte
+position 0..8): gathering it later would touch nearly every sector of x. dx is written once,
+without atomics: the pixels 2p..2p+1, 2q..2q+1 receive from the windows p..p+1, q..q+1 alone, and 9
+comparisons say which point at which.
 
 Traffic, in tensors of N*H*W*C elements of 2 bytes (eager channels-last in brackets): forward reads
 1, writes 0.25 + 0.25 + 0.125 (eager 3 and 3, its index is int64); backward reads 0.5, then
@@ -26,21 +25,18 @@ the same one wherever the gradient is not zero). Where Triton cannot run: `refer
 import torch
 import torch.nn.functional as F
 
-from kernels.activation import ACTS, REFERENCE, REFERENCE_BACKWARD, activate, activate_grad
+from kernels.activation import REFERENCE, REFERENCE_BACKWARD, activate
+from kernels.bn_checks import Norm, Stats, check_inputs, check_norm, reference_gradients
 from kernels.bn_stats import Tile, batch_statistics
-from kernels.launch import cdiv, check, empty_nhwc, nhwc, run, runs_triton, tl, triton
+from kernels.bn_sums import affine, coefficients, gradient, load, normalized, sums
+from kernels.launch import cdiv, empty_nhwc, nhwc, run, runs_triton, tl, triton
 from kernels.numerics import rounded
 from kernels.shapes import STEM
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 
-Stats = tuple[torch.Tensor, torch.Tensor]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-FORWARD_TILE = Tile(1024, 4)
+FORWARD = Tile(1024, 4)
 FORWARD_ROWS = 4  # rows of windows a program walks down, each sharing a row of x with the next
-SUMS_TILE = Tile(2048, 4, 4)
-BACKWARD_TILE = Tile(512, 4)
+BACKWARD = Tile(512, 4)
 
 
 def reference(
@@ -67,20 +63,9 @@ def reference(
 
 
 @triton.jit
-def _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, inside, eps):
-    """mean, s and bias [1, BLOCK_C] of (x - mean)*s + bias."""
-    mean = tl.load(mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    var = tl.load(var_ptr + c, mask=inside, other=1.0).to(tl.float32)
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    return mean[None, :], (weight * tl.rsqrt(var + eps))[None, :], bias[None, :]
-
-
-@triton.jit
-def _preactivation(x, mean, s, bias, DTYPE: tl.constexpr):
-    """BatchNorm of x, rounded as eager's; an explicit fma, so that every pass sees the same bits
-    (and x - mean first: s*x + (bias - mean*s) cancels)."""
-    return rounded(tl.fma(x - mean, s, bias), DTYPE).to(tl.float32)
+def _preactivation(x, mean, s, b, DTYPE: tl.constexpr):
+    """z, rounded to the storage type as eager's."""
+    return rounded(normalized(x, mean, s, b), DTYPE).to(tl.float32)
 
 
 @triton.jit
@@ -93,7 +78,7 @@ def _row_maximum(x_ptr, row, column, inside, mean, s, b, W, C, ACT: tl.constexpr
     for j in tl.static_range(3):
         w = column + j
         ok = inside & ((w >= 0) & (w < W))[:, None]
-        x = tl.load(x_ptr + (row + w * C)[:, None], mask=ok, other=0.0).to(tl.float32)
+        x = load(x_ptr, (row + w * C)[:, None], ok)
         z = _preactivation(x, mean, s, b, dtype)
         if ACT != "relu":  # relu's is taken of the winner: it keeps order and rounding
             z = rounded(activate(z, ACT), dtype).to(tl.float32)
@@ -110,20 +95,19 @@ def _row_maximum(x_ptr, row, column, inside, mean, s, b, W, C, ACT: tl.constexpr
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, y_ptr, x_max_ptr, index_ptr,
-    N, H, W, C, P, Q, eps,
-    ACT: tl.constexpr, SAVE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps, y_ptr, x_max_ptr, index_ptr,
+    N, H, W, C, P, Q,
+    ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(P, ROWS)
     first = tl.program_id(0) % row_blocks * ROWS  # neighbours in time share a row of x
     m = tl.program_id(0) // row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # (n, q)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     n = (m // Q).to(tl.int64)
     q = m % Q
-    inside = (m < N * Q)[:, None] & (c < C)[None, :]
-    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
-    x_ptr += c[None, :]
+    inside = (m < N * Q)[:, None] & (c < C)
+    mean, s, b = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, c, C, eps)
+    x_ptr += c
     column = 2 * q - 1
 
     row = (n * H + 2 * first - 1) * W * C
@@ -146,78 +130,27 @@ def _forward_kernel(
         x_best = tl.where(wins, x_end, x_best)
         place = tl.where(wins, 6 + j_end, place)
 
-        out = (((n * P + p) * Q + q) * C)[:, None] + c[None, :]
+        out = (((n * P + p) * Q + q) * C)[:, None] + c
         y = activate(best, "relu") if ACT == "relu" else best
         tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=ok)  # exact: rounded before
-        if SAVE:
+        if index_ptr is not None:
             tl.store(x_max_ptr + out, x_best.to(x_max_ptr.dtype.element_ty), mask=ok)
             tl.store(index_ptr + out, place.to(tl.uint8), mask=ok)
         top, x_top, j_top = end, x_end, j_end
 
 
 @triton.jit
-def _window_gradient(
-    dy_ptr, x_max_ptr, offsets, inside, mean, s, b, ACT: tl.constexpr, MASKED: tl.constexpr
-):
-    """dy of the windows at `offsets` [BLOCK_M, BLOCK_C], times act' at their maximum if MASKED."""
-    g = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    if MASKED:
-        x = tl.load(x_max_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        z = _preactivation(x, mean, s, b, x_max_ptr.dtype.element_ty)
-        g *= activate_grad(z, ACT)
-    return g
-
-
-@triton.jit
-def _sums_kernel(
-    dy_ptr, x_max_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, partial_ptr,
-    M, C, eps, rows_per_program,
-    ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+def _window(
+    dy_ptr, x_max_ptr, index_ptr, at, inside, mean, s, b,
+    ACT: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
-    """partial [programs, 2, C]: the sums of dz and of dz*(x - mean) over a slice of the windows."""
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
-    start = tl.program_id(0) * rows_per_program
-    end = tl.minimum(start + rows_per_program, M)
-    sum_dz = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    sum_dz_x = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for first in range(start, end, BLOCK_M):
-        m = first + tl.arange(0, BLOCK_M)
-        inside = (m < end)[:, None] & (c < C)[None, :]
-        offsets = m.to(tl.int64)[:, None] * C + c[None, :]
-        dz = _window_gradient(dy_ptr, x_max_ptr, offsets, inside, mean, s, b, ACT, True)
-        x = tl.load(x_max_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        sum_dz += dz
-        sum_dz_x += tl.where(inside, dz * (x - mean), 0.0)
-    partial_ptr += tl.program_id(0) * 2 * C + c
-    tl.store(partial_ptr, tl.sum(sum_dz, 0), mask=c < C)
-    tl.store(partial_ptr + C, tl.sum(sum_dz_x, 0), mask=c < C)
-
-
-@triton.jit
-def _merge_kernel(
-    partial_ptr, weight_ptr, var_ptr, coefficients_ptr, dweight_ptr, dbias_ptr,
-    programs, C, eps, pixels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """coefficients [3, C] = A, B, C of dx; dweight and dbias [C]."""
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sum_dz = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    sum_dz_x = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        inside = (program < programs)[:, None] & (c < C)[None, :]
-        offsets = program[:, None] * 2 * C + c[None, :]
-        sum_dz += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-        sum_dz_x += tl.load(partial_ptr + C + offsets, mask=inside, other=0.0)
-    s1 = tl.sum(sum_dz, 0)
-    s2 = tl.sum(sum_dz_x, 0)
-    inv = tl.rsqrt(tl.load(var_ptr + c, mask=c < C, other=1.0).to(tl.float32) + eps)
-    s = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32) * inv
-    tl.store(coefficients_ptr + c, s, mask=c < C)
-    tl.store(coefficients_ptr + C + c, -s * inv * inv * s2 / pixels, mask=c < C)
-    tl.store(coefficients_ptr + 2 * C + c, -s * s1 / pixels, mask=c < C)
-    tl.store(dweight_ptr + c, rounded(inv * s2, dweight_ptr.dtype.element_ty), mask=c < C)
-    tl.store(dbias_ptr + c, rounded(s1, dbias_ptr.dtype.element_ty), mask=c < C)
+    """Gradient and place of the maximum of the windows at offsets `at` [BLOCK_M, BLOCK_C]. In
+    training act' is taken where the gradients arrive, for x is read there anyway; else here."""
+    g = load(dy_ptr, at, inside)
+    if not TRAINING:
+        x = load(x_max_ptr, at, inside)
+        g = gradient(g, _preactivation(x, mean, s, b, x_max_ptr.dtype.element_ty), ACT)
+    return g, tl.load(index_ptr + at, mask=inside, other=0)
 
 
 @triton.jit
@@ -227,10 +160,9 @@ def _store_dx(
 ):  # fmt: skip
     """dx of one pixel of each 2x2 square from g, the sum of its windows' gradients."""
     if TRAINING:
-        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        z = _preactivation(x, mean, s, b, x_ptr.dtype.element_ty)
-        g *= activate_grad(z, ACT)
-        dx = s * g + (slope * (x - mean) + offset)
+        x = load(x_ptr, offsets, inside)
+        dz = gradient(g, _preactivation(x, mean, s, b, x_ptr.dtype.element_ty), ACT)
+        dx = s * dz + (slope * (x - mean) + offset)
     else:
         dx = s * g
     tl.store(dx_ptr + offsets, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
@@ -238,35 +170,31 @@ def _store_dx(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, x_ptr, x_max_ptr, index_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
-    coefficients_ptr, dx_ptr, M, H, W, C, P, Q, eps,
+    dy_ptr, x_ptr, x_max_ptr, index_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps,
+    coefficients_ptr, dx_ptr, M, H, W, C, P, Q,
     ACT: tl.constexpr, TRAINING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # (n, p, q)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     q = m % Q
     p = m // Q % P
     n = (m // (P * Q)).to(tl.int64)
-    mean, s, b = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, c, c < C, eps)
-    slope = tl.load(coefficients_ptr + C + c, mask=c < C, other=0.0)[None, :]
-    offset = tl.load(coefficients_ptr + 2 * C + c, mask=c < C, other=0.0)[None, :]
+    mean, s, b = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, c, C, eps)
+    slope = load(coefficients_ptr + C, c, c < C)
+    offset = load(coefficients_ptr + 2 * C, c, c < C)
 
-    here = (m < M)[:, None] & (c < C)[None, :]
+    here = (m < M)[:, None] & (c < C)
     right = here & (q + 1 < Q)[:, None]
     below = here & (p + 1 < P)[:, None]
     both = right & below
-    window = m.to(tl.int64)[:, None] * C + c[None, :]
-    masked: tl.constexpr = not TRAINING  # in training x is read anyway and act' is taken there
-    g00 = _window_gradient(dy_ptr, x_max_ptr, window, here, mean, s, b, ACT, masked)
-    g01 = _window_gradient(dy_ptr, x_max_ptr, window + C, right, mean, s, b, ACT, masked)
-    g10 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C, below, mean, s, b, ACT, masked)
-    g11 = _window_gradient(dy_ptr, x_max_ptr, window + Q * C + C, both, mean, s, b, ACT, masked)
-    i00 = tl.load(index_ptr + window, mask=here, other=0)
-    i01 = tl.load(index_ptr + window + C, mask=right, other=0)
-    i10 = tl.load(index_ptr + window + Q * C, mask=below, other=0)
-    i11 = tl.load(index_ptr + window + Q * C + C, mask=both, other=0)
+    at = m.to(tl.int64)[:, None] * C + c
+    g00, i00 = _window(dy_ptr, x_max_ptr, index_ptr, at, here, mean, s, b, ACT, TRAINING)
+    g01, i01 = _window(dy_ptr, x_max_ptr, index_ptr, at + C, right, mean, s, b, ACT, TRAINING)
+    next_row = at + Q * C
+    g10, i10 = _window(dy_ptr, x_max_ptr, index_ptr, next_row, below, mean, s, b, ACT, TRAINING)
+    g11, i11 = _window(dy_ptr, x_max_ptr, index_ptr, next_row + C, both, mean, s, b, ACT, TRAINING)
 
-    pixel = (((n * H + 2 * p) * W + 2 * q) * C)[:, None] + c[None, :]
+    pixel = (((n * H + 2 * p) * W + 2 * q) * C)[:, None] + c
     right = here & (2 * q + 1 < W)[:, None]
     below = here & (2 * p + 1 < H)[:, None]
     g = tl.where(i00 == 4, g00, 0.0)
@@ -282,32 +210,25 @@ def _backward_kernel(
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    act: str,
-    eps: float,
-    save: bool,
-    tile: Tile = FORWARD_TILE,
-    rows: int = FORWARD_ROWS,
+    x: torch.Tensor, norm: Norm, act: str, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the forward pass; returns y, x_max [N, C, P, Q] and index (uint8); the last two are
     empty unless `save`."""
     x = nhwc(x)
     n, c, h, w = x.shape
-    p, q = (h + 1) // 2, (w + 1) // 2
     y, x_max, index = _outputs(x, save)
-    if y.numel():
-        block_m, block_c = tile.blocks(c)
-        grid = (cdiv(n * q, block_m) * cdiv(p, rows), cdiv(c, block_c))
-        run(
-            _forward_kernel, grid, x, weight, bias, mean, var, y, x_max, index,
-            n, h, w, c, p, q, eps,
-            ACT=act, SAVE=save, ROWS=rows, BLOCK_M=block_m, BLOCK_C=block_c,
-            num_warps=tile.warps,
-        )  # fmt: skip
+    p, q = y.shape[2:]
+    block_m, block_c = FORWARD.blocks(c)
+    run(
+        _forward_kernel,
+        (cdiv(n * q, block_m) * cdiv(p, FORWARD_ROWS), cdiv(c, block_c)),
+        *(x, *norm, y, x_max if save else None, index if save else None, n, h, w, c, p, q),
+        ACT=act,
+        ROWS=FORWARD_ROWS,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=FORWARD.warps,
+    )
     return y, x_max, index
 
 
@@ -316,48 +237,31 @@ def backward(
     x: torch.Tensor,
     x_max: torch.Tensor,
     index: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
+    norm: Norm,
     act: str,
     training: bool,
-    eps: float,
-    tile: Tile = BACKWARD_TILE,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch the sums over windows, their merge and the pass over x; returns dx, dweight, dbias."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the sums over windows, what follows from them and the pass over x; returns dx and
+    float32 [2, C] dweight, dbias."""
     dy, x = nhwc(dy), nhwc(x)
     n, c, h, w = x.shape
     p, q = dy.shape[2:]
-    rows = n * p * q
+    windows = n * p * q
+    _, partials = sums(dy, x_max, norm, act)
+    dparams, found = coefficients(partials, n * h * w, norm)
     dx = empty_nhwc(n, c, h, w, like=x)
-    if not rows:
-        return dx, torch.zeros_like(weight), torch.zeros_like(bias)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    affine = (weight, bias, mean, var)
-
-    block_m, block_c = SUMS_TILE.blocks(c)
-    programs = SUMS_TILE.reducing(rows, c, x.device)
-    per_program = cdiv(cdiv(rows, block_m), programs) * block_m
-    programs = cdiv(rows, per_program)
-    partial = torch.empty(programs, 2, c, dtype=torch.float32, device=x.device)
-    coefficients = torch.empty(3, c, dtype=torch.float32, device=x.device)
+    block_m, block_c = BACKWARD.blocks(c)
     run(
-        _sums_kernel, (programs, cdiv(c, block_c)), dy, x_max, *affine, partial,
-        rows, c, eps, per_program,
-        ACT=act, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=SUMS_TILE.warps,
-    )  # fmt: skip
-    run(
-        _merge_kernel, (cdiv(c, 8),), partial, weight, var, coefficients, dweight, dbias,
-        programs, c, eps, float(n * h * w), BLOCK_P=128, BLOCK_C=8,
-    )  # fmt: skip
-    block_m, block_c = tile.blocks(c)
-    run(
-        _backward_kernel, (cdiv(rows, block_m), cdiv(c, block_c)),
-        dy, x, x_max, index, *affine, coefficients, dx, rows, h, w, c, p, q, eps,
-        ACT=act, TRAINING=training, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=tile.warps,
-    )  # fmt: skip
-    return dx, dweight, dbias
+        _backward_kernel,
+        (cdiv(windows, block_m), cdiv(c, block_c)),
+        *(dy, x, x_max, index, *norm, found, dx, windows, h, w, c, p, q),
+        ACT=act,
+        TRAINING=training,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=BACKWARD.warps,
+    )
+    return dx, dparams
 
 
 def _outputs(x: torch.Tensor, save: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -381,7 +285,7 @@ def _op(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if runs_triton(x):
-        return forward(x, weight, bias, mean, var, act, eps, save)
+        return forward(x, Norm(weight, bias, mean, var, eps), act, save)
     z = REFERENCE[act](F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
     y, flat = F.max_pool2d(z, 3, 2, 1, return_indices=True)
     outputs = _outputs(x, save)
@@ -412,19 +316,16 @@ def _backward_op(
     act: str,
     training: bool,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = Norm(weight, bias, mean, var, eps)
     if runs_triton(dy):
-        return backward(dy, x, x_max, index, weight, bias, mean, var, act, training, eps)
-    # autograd is out of reach inside an op
+        return backward(dy, x, x_max, index, norm, act, training)
     z = F.batch_norm(x_max, mean, var, weight, bias, False, 0.0, eps)
-    dz = REFERENCE_BACKWARD[act](dy, z).float()
-    flat = _pixels(index, x.shape[3])
-    dz = dz.new_zeros(x.shape).flatten(2).scatter_add(2, flat.flatten(2), dz.flatten(2))
-    dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-        nhwc(dz.view(x.shape).to(x.dtype)), nhwc(x), weight, mean, var,
-        mean, torch.rsqrt(var + eps), training, eps, [True] * 3,
-    )  # fmt: skip
-    return nhwc(dx), dweight.to(weight.dtype), dbias.to(bias.dtype)
+    dz = REFERENCE_BACKWARD[act](dy, z).float().flatten(2)
+    pixels = _pixels(index, x.shape[3]).flatten(2)
+    dz = dz.new_zeros(x.shape).flatten(2).scatter_add(2, pixels, dz).view(x.shape)
+    dx, *dparams = reference_gradients(dz, x, norm, training)
+    return nhwc(dx), torch.stack(dparams)
 
 
 def _pixels(index: torch.Tensor, width: int) -> torch.Tensor:
@@ -435,7 +336,7 @@ def _pixels(index: torch.Tensor, width: int) -> torch.Tensor:
 
 @_backward_op.register_fake
 def _(dy, x, x_max, index, weight, bias, mean, var, act, training, eps):
-    return empty_nhwc(*x.shape, like=x), torch.empty_like(weight), torch.empty_like(bias)
+    return empty_nhwc(*x.shape, like=x), x.new_empty((2, x.shape[1]), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -446,7 +347,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dy, _dx_max, _dindex):
-    return *_backward_op(dy, *ctx.saved_tensors, *ctx.options), *(None,) * 6
+    dx, dparams = _backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    weight, bias = ctx.saved_tensors[3:5]
+    return dx, dparams[0].to(weight.dtype), dparams[1].to(bias.dtype), *(None,) * 6
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
@@ -474,40 +377,15 @@ def bn_act_pool(
 
     Raises ValueError when a shape, dtype or device does not fit or `act` is unknown.
     """
-    check(act in ACTS, lambda: f"act must be one of {', '.join(ACTS)}, not {act!r}")
-    check(x.dim() == 4, lambda: f"x must be [N, C, H, W], not {tuple(x.shape)}")
-    check(x.dtype in DTYPES, lambda: f"x must be float32, bfloat16 or float16, not {x.dtype}")
-    named = {"weight": weight, "bias": bias}
-    if not training:
-        named |= {"running_mean": running_mean, "running_var": running_var}
-    elif stats is not None:
-        named |= {"mean": stats[0], "var": stats[1]}
-    for name, value in named.items():
-        _check_channels(name, value, x)
+    check_inputs(x, act, training)
+    check_norm(x, Norm(weight, bias, running_mean, running_var, eps), training, stats)
     if training:
-        check(
-            x.numel() == 0 or x.numel() > x.shape[1],
-            lambda: f"training needs more than one value a channel, x is {tuple(x.shape)}",
-        )
-        mean, var = batch_statistics(x.detach(), None)[:, 0] if stats is None else stats
+        mean, var = stats or batch_statistics(x.detach(), None)[:, 0]
     else:
         mean, var = running_mean, running_var
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     y, _, _ = _op(x, weight, bias, mean.detach(), var.detach(), act, training, eps, save)
     return (y, mean, var) if training else (y, None, None)
-
-
-def _check_channels(name: str, value: torch.Tensor | None, x: torch.Tensor) -> None:
-    check(value is not None, lambda: f"{name} is missing")
-    check(
-        value.shape == x.shape[1:2]
-        and value.dtype in (torch.float32, x.dtype)
-        and value.device == x.device,
-        lambda: (
-            f"{name} must be a [{x.shape[1]}] in float32 or {x.dtype} on {x.device}, "
-            f"not {tuple(value.shape)} {value.dtype} on {value.device}"
-        ),
-    )
 
 
 def _make_inputs(
@@ -526,18 +404,12 @@ def _make_inputs(
     }
 
 
-def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-) -> None:
-    affine = (weight, bias, running_mean, running_var)
-    forward(x, *affine, "relu", 1e-5, False)
-    y, x_max, index = forward(x, *affine, "relu", 1e-5, True)
+def _launch(x, weight, bias, running_mean, running_var) -> None:
+    norm = Norm(weight, bias, running_mean, running_var, 1e-5)
+    forward(x, norm, "relu", False)
+    y, x_max, index = forward(x, norm, "relu", True)
     for training in (True, False):
-        backward(y, x, x_max, index, *affine, "relu", training, 1e-5)
+        backward(y, x, x_max, index, norm, "relu", training)
 
 
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:

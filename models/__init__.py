@@ -1,9 +1,10 @@
 """Plain and residual networks whose blocks are written once and run eagerly, compiled or on Triton
 kernels."""
 
+from models.backend import BACKENDS, Backend, BackendUnavailable, resolve_backend
 from models.fusion import fuse, fuse_report
 from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
-from models.units import BACKENDS, Backend, BackendUnavailable, resolve_backend, set_backend
+from models.units import set_backend
 
 __all__ = [
     "BACKENDS",

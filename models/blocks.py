@@ -6,7 +6,9 @@ interchangeable.
 
 from torch import Tensor, nn
 
-from models.units import BatchNormAct
+from models.units import BatchNormAct, conv_norm_act
+
+Pair = tuple[nn.Conv2d, BatchNormAct]
 
 
 def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
@@ -17,15 +19,23 @@ def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
 class PlainBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x)))))): [N, c_in, H, W] -> [N, c_out, H/stride, W/stride]."""
 
+    adds = False  # whether the input is added before the last activation
+
     def __init__(self, c_in: int, c_out: int, stride: int, act: str):
         super().__init__()
         self.conv1 = conv3x3(c_in, c_out, stride)
         self.bn1 = BatchNormAct(c_out, act)
         self.conv2 = conv3x3(c_out, c_out)
         self.bn2 = BatchNormAct(c_out, act)
+        self.downsample = None
+
+    def chain(self) -> tuple[Pair, ...]:
+        """The convolutions and norms that follow one another."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        h = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, h)
 
 
 class BasicBlock(PlainBlock):
@@ -34,17 +44,15 @@ class BasicBlock(PlainBlock):
     The shortcut is the identity, or a 1x1 convolution and BatchNorm where the shape changes.
     """
 
+    adds = True
+
     def __init__(self, c_in: int, c_out: int, stride: int, act: str):
         super().__init__(c_in, c_out, stride, act)
-        self.downsample = None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(
                 nn.Conv2d(c_in, c_out, 1, stride, bias=False), BatchNormAct(c_out, "identity")
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.bn1(self.conv1(x)))
-        if self.downsample is None:
-            return self.bn2(y, x)
-        conv, norm = self.downsample
-        return self.bn2(y, conv(x), norm)
+        h = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, h, x, self.downsample)

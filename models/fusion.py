@@ -6,63 +6,67 @@ and changes its class: its parameters, buffers, hooks, mode and every reference 
 """
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.units import BatchNormAct, resolve_backend, set_backend
+from models.backend import resolve_backend
+from models.blocks import Pair
+from models.units import BatchNormAct, conv_norm_act, hooked, run_layers, set_backend, stem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
-
-
-class StemNorm(BatchNormAct):
-    """pool(act(batch_norm(x))): the BatchNorm of a stem, and the max-pool that followed it."""
-
-    pool: nn.MaxPool2d | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [N, C, H, W] -> [N, C, ceil(H/2), ceil(W/2)]; [N, C, H, W] while `pool` is None."""
-        if self.pool is None:
-            return super().forward(x)
-        if self._fuses(self.pool):
-            return self.pooled(x, self.pool)
-        return self.pool(super().forward(x))
 
 
 class FusedBasicBlock(nn.Module):
     """torchvision's and timm's BasicBlock on our units; only ever made by `fuse`."""
 
+    adds = True
+
+    def chain(self) -> tuple[Pair, ...]:
+        """The convolutions and norms that follow one another."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(self.bn1(self.conv1(x)))
-        return _join(self.bn2, y, self.downsample, x)
+        h = conv_norm_act(self.conv1, self.bn1, x)
+        return conv_norm_act(self.conv2, self.bn2, h, x, self.downsample)
 
 
 class FusedBottleneck(nn.Module):
     """torchvision's and timm's Bottleneck on our units; only ever made by `fuse`."""
 
+    adds = True
+
+    def chain(self) -> tuple[Pair, ...]:
+        """The convolutions and norms that follow one another."""
+        return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
-        return _join(self.bn3, y, self.downsample, x)
+        h = conv_norm_act(self.conv1, self.bn1, x)
+        h = conv_norm_act(self.conv2, self.bn2, h)
+        return conv_norm_act(self.conv3, self.bn3, h, x, self.downsample)
 
 
 FUSED = (FusedBasicBlock, FusedBottleneck)
 
 
-def _join(norm: BatchNormAct, y: Tensor, downsample: nn.Sequential | None, x: Tensor) -> Tensor:
-    """act(norm(y) + downsample(x)), the BatchNorm that ends the downsample path in the same
-    pass."""
-    if downsample is None:
-        return norm(y, x)
-    *layers, shortcut_norm = downsample
-    for layer in layers:
-        x = layer(x)
-    if norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics():
-        return norm(y, shortcut_norm(x))  # one of the two is frozen; a pass has one mode
-    return norm(y, x, shortcut_norm)
+def _forward_impl(network: nn.Module, x: Tensor) -> Tensor:
+    """torchvision's method of this name, its stem on our units."""
+    x = stem(network.conv1, network.bn1, network.maxpool, x)
+    return network.fc(network.avgpool(_layers(network, x)).flatten(1))
+
+
+def forward_features(network: nn.Module, x: Tensor) -> Tensor:
+    """timm's method of this name, its stem on our units."""
+    if network.grad_checkpointing:
+        return type(network).forward_features(network, x)
+    return _layers(network, stem(network.conv1, network.bn1, network.maxpool, x))
+
+
+def _layers(network: nn.Module, x: Tensor) -> Tensor:
+    return run_layers((network.layer1, network.layer2, network.layer3, network.layer4), x)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,15 @@ class Block:
     absent: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Network:
+    """How the stem of a known network is fused: the attribute that holds its activation, and the
+    function that stands in for the method of the same name."""
+
+    act: str
+    method: Callable[[nn.Module, Tensor], Tensor]
+
+
 _EXTRAS = ("drop_block", "aa", "se", "drop_path")
 # By name, so that neither library need be installed.
 BLOCKS = {
@@ -83,7 +96,10 @@ BLOCKS = {
     "timm.models.resnet.BasicBlock": Block(FusedBasicBlock, ("act1", "act2"), _EXTRAS),
     "timm.models.resnet.Bottleneck": Block(FusedBottleneck, ("act1", "act2", "act3"), _EXTRAS),
 }
-NETWORKS = {"torchvision.models.resnet.ResNet": "relu", "timm.models.resnet.ResNet": "act1"}
+NETWORKS = {
+    "torchvision.models.resnet.ResNet": Network("relu", _forward_impl),
+    "timm.models.resnet.ResNet": Network("act1", forward_features),
+}
 
 
 @dataclass(frozen=True)
@@ -129,11 +145,11 @@ def fuse(model: nn.Module, backend: str = "auto") -> nn.Module:
     backend: auto, eager, compile or triton, as `models.resolve_backend` takes it.
 
     Parameters and buffers are the same tensors under the same state_dict keys, so optimisers,
-    checkpoints and an exponential average of the weights go on as before. Fused activations (and
-    the stem's pool) become nn.Identity. Hooks of blocks and convolutions stay; a part with a hook
-    on a BatchNorm or an activation is left alone, because the value it watches is no longer made.
-    Fusing again changes nothing but the backend. Convert or freeze the class of a BatchNorm
-    (SyncBatchNorm, FrozenBatchNorm2d) before fusing, not after.
+    checkpoints and an exponential average of the weights go on as before. Fused activations become
+    nn.Identity. Hooks of blocks and convolutions stay; a part with a hook on a BatchNorm or an
+    activation is left alone, because the value it watches is no longer made. Fusing again changes
+    nothing but the backend. SyncBatchNorm.convert_sync_batchnorm and its like go before fusing:
+    after it they would put norms without activations in place of ours.
 
     Raises BackendUnavailable when compile or triton is demanded and cannot run; ValueError for
     another backend. The model is then unchanged.
@@ -243,7 +259,7 @@ def _why_not_block(block: nn.Module) -> str | None:
         return None
     if type(downsample) is not nn.Sequential or not len(downsample):
         return f"downsample is {type(downsample).__name__}, not Sequential"
-    if _hooked(downsample):
+    if hooked(downsample):
         return "downsample has a hook"
     return _why_not_norm("the last of downsample", downsample[-1])
 
@@ -251,8 +267,6 @@ def _why_not_block(block: nn.Module) -> str | None:
 def _why_not_stem(network: nn.Module) -> str | None:
     if "forward" in vars(network):
         return "its forward has been replaced"
-    if _hooked(network.maxpool):
-        return "maxpool has a hook"
     reasons = (_why_not_pair(network, norm, act) for norm, act in _stem_pairs(network))
     return next((reason for reason in reasons if reason), None)
 
@@ -260,7 +274,7 @@ def _why_not_stem(network: nn.Module) -> str | None:
 def _stem_pairs(network: nn.Module) -> list[tuple[str, str]]:
     """Names of the stem's BatchNorms and of the activation after each; timm's deep stems have them
     in the Sequential `conv1`, its strided ones in the Sequential `maxpool` as well."""
-    pairs = [("bn1", NETWORKS[_type_name(network)])]
+    pairs = [("bn1", NETWORKS[_type_name(network)].act)]
     for name in ("conv1", "maxpool"):
         chain = getattr(network, name)
         if type(chain) is nn.Sequential:
@@ -273,7 +287,7 @@ def _why_not_pair(owner: nn.Module, norm: str, act: str) -> str | None:
     found = owner.get_submodule(act)
     if _act_of(found) is None:
         return f"{act} is {found}, which no kernel computes"
-    if _hooked(found):
+    if hooked(found):
         return f"{act} has a hook"
     return _why_not_norm(norm, owner.get_submodule(norm))
 
@@ -285,12 +299,7 @@ def _why_not_norm(name: str, norm: nn.Module) -> str | None:
         return f"{name} has no weight and bias"
     if norm.weight.dtype not in DTYPES:
         return f"{name} is {norm.weight.dtype}, the kernels take float32, bfloat16 and float16"
-    return f"{name} has a hook" if _hooked(norm) else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    return f"{name} has a hook" if hooked(norm) else None
 
 
 def _act_of(module: nn.Module) -> str | None:
@@ -301,10 +310,6 @@ def _act_of(module: nn.Module) -> str | None:
         return "gelu" if module.approximate == "none" else None
     names = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Mish: "mish", nn.Identity: "identity"}
     return names.get(type(module))
-
-
-def _poolable(pool: nn.Module) -> bool:
-    return type(pool) is nn.MaxPool2d and not pool.return_indices
 
 
 def _block_work(block: nn.Module) -> str:
@@ -322,15 +327,15 @@ def _block_work(block: nn.Module) -> str:
 def _stem_work(network: nn.Module) -> str:
     norm, pool = network.bn1, network.maxpool
     fused = isinstance(norm, BatchNormAct)
-    act = norm.act if fused else _act_of(getattr(network, NETWORKS[_type_name(network)]))
-    pooled = isinstance(norm, StemNorm) or _poolable(pool)
+    act = norm.act if fused else _act_of(getattr(network, NETWORKS[_type_name(network)].act))
+    pooled = type(pool) is nn.MaxPool2d
     return f"conv-bn-{act}" + (
         "-maxpool" if pooled else f"; maxpool, a {type(pool).__name__}, stays"
     )
 
 
-def _become_unit(norm: nn.BatchNorm2d, act: str, cls: type[BatchNormAct] = BatchNormAct) -> None:
-    norm.__class__ = cls
+def _become_unit(norm: nn.BatchNorm2d, act: str) -> None:
+    norm.__class__ = BatchNormAct
     norm.act, norm.backend = act, "eager"
 
 
@@ -346,22 +351,8 @@ def _fuse_block(block: nn.Module) -> None:
 
 
 def _fuse_stem(network: nn.Module) -> None:
-    pooled = _poolable(network.maxpool)
     for norm, act in _stem_pairs(network):
         _become_unit(network.get_submodule(norm), _act_of(network.get_submodule(act)))
         network.set_submodule(act, nn.Identity())
-    if pooled:
-        network.bn1.__class__ = StemNorm
-        network.bn1.pool, network.maxpool = network.maxpool, nn.Identity()
-        if hasattr(network, "forward_intermediates"):
-            network.forward_intermediates = partial(_unpooled_intermediates, network)
-
-
-def _unpooled_intermediates(network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """timm's `forward_intermediates`, which hands out what lies before the pool."""
-    norm = network.bn1
-    norm.pool, network.maxpool = None, norm.pool
-    try:
-        return type(network).forward_intermediates(network, *args, **kwargs)
-    finally:
-        norm.pool, network.maxpool = network.maxpool, nn.Identity()
+    method = NETWORKS[_type_name(network)].method
+    setattr(network, method.__name__, partial(method, network))

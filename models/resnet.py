@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import BasicBlock, PlainBlock
-from models.units import BatchNormAct, set_backend, stem
+from models.units import BatchNormAct, run_layers, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
             x = self.bn1(self.conv1(x))
         else:
             x = stem(self.conv1, self.bn1, self.maxpool, x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
         return self.fc(self.dropout(self.avgpool(x).flatten(1)))
 
 

@@ -5,7 +5,8 @@ activation); a unit decides how. Parameters and buffers are those of `nn.Conv2d`
 `nn.BatchNorm2d`, so a state_dict is the same whatever the backend.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -13,71 +14,9 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.activation import REFERENCE
+from kernels.bn_checks import Norm
 from kernels.bn_stats import track
-from models import compiled
-
-BACKENDS = ("eager", "auto", "compile", "triton")
-
-# What compiling costs and brings on a CPU: seconds to compile (10 to 22 with a warm cache, 34 to 42
-# with a cold one) and seconds saved per 224x224 training image. The saving is an upper estimate:
-# on 2 Zen 4 cores compiled steps took 0.94x to 1.01x of eager's speed (docs/notes.md).
-COMPILE_SECONDS = 30.0
-SAVED_SECONDS_PER_IMAGE = 0.001
-
-
-class BackendUnavailable(Exception):
-    """A backend was demanded by name and cannot run here; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Backend:
-    """The path taken: `name` is eager, compile or triton; `reason` says in words why."""
-
-    name: str
-    reason: str
-
-
-def resolve_backend(
-    requested: str, device: torch.device, training_images: float | None = None
-) -> Backend:
-    """Turn eager / auto / compile / triton into the path that will be taken on `device`.
-
-    training_images: images still to be trained on, counted in units of 224x224 pixels; it decides
-        whether compiling pays on a CPU. None means many.
-
-    Raises BackendUnavailable when compile or triton is demanded and cannot run.
-    """
-    if requested == "eager":
-        return Backend("eager", "as asked: plain PyTorch")
-    no_kernels = kernels.why_not_triton(device)
-    if requested == "triton":
-        if no_kernels:
-            raise BackendUnavailable(
-                f"--backend triton cannot run here: {no_kernels}; "
-                "use --fused, which falls back to torch.compile or eager"
-            )
-        return Backend("triton", "as asked: fused Triton kernels")
-    no_compiler = compiled.why_not_compile()
-    if requested == "compile":
-        if no_compiler:
-            raise BackendUnavailable(
-                f"--backend compile cannot run here: {no_compiler}; use --backend eager"
-            )
-        return Backend("compile", "as asked: torch.compile")
-    if not no_kernels and device.type == "cuda":
-        return Backend("triton", f"fused Triton kernels on {torch.cuda.get_device_name(device)}")
-    no_kernels = no_kernels or "no CUDA device"
-    if no_compiler:
-        return Backend("eager", f"{no_kernels} and {no_compiler}: eager instead of the kernels")
-    if device.type == "cpu" and training_images is not None:
-        saved = SAVED_SECONDS_PER_IMAGE * training_images
-        if saved < COMPILE_SECONDS:
-            return Backend(
-                "eager",
-                f"{no_kernels}, and compiling (about {COMPILE_SECONDS:.0f} s) would save only "
-                f"about {saved:.0f} s in this run: eager instead of the Triton kernels",
-            )
-    return Backend("compile", f"{no_kernels}: torch.compile instead of the Triton kernels")
+from models import compiled, trunk
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:
@@ -86,6 +25,12 @@ def set_backend(model: nn.Module, backend: str) -> nn.Module:
         if isinstance(module, BatchNormAct):
             module.backend = backend
     return model
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody watches the module: it must then be called, and see its own tensors."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -132,7 +77,7 @@ class BatchNormAct(nn.BatchNorm2d):
         return y
 
     def pooled(
-        self, x: Tensor, pool: nn.MaxPool2d, stats: tuple[Tensor, Tensor] | None = None
+        self, x: Tensor, pool: nn.Module, stats: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """pool(act(batch_norm(x))); one pass where the kernels run. x [N, C, H, W].
 
@@ -157,9 +102,11 @@ class BatchNormAct(nn.BatchNorm2d):
         self._track(mean, var, x.numel() // x.shape[1])
         return y
 
-    def _fuses(self, pool: nn.MaxPool2d) -> bool:
+    def _fuses(self, pool: nn.Module) -> bool:
+        if self.backend != "triton" or type(pool) is not nn.MaxPool2d or pool.return_indices:
+            return False
         window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        return self.backend == "triton" and window == (3, 2, 1, 1, False)
+        return window == (3, 2, 1, 1, False) and not (hooked(pool) or hooked(self))
 
     def _eager(
         self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None"
@@ -185,10 +132,14 @@ class BatchNormAct(nn.BatchNorm2d):
                 "use larger batches or pictures"
             )
 
+    @property
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats
+
     @torch.no_grad()
     def _track(self, mean: Tensor | None, var: Tensor | None, count: int) -> None:
         """Move the running statistics as nn.BatchNorm2d does; `var` is the biased variance."""
-        if not (self.training and self.track_running_stats):
+        if not self._tracks:
             return
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
         if self.backend == "triton":
@@ -200,32 +151,182 @@ class BatchNormAct(nn.BatchNorm2d):
         self.running_var.lerp_(var * (count / (count - 1)), weight)
 
 
-def stem(conv: nn.Conv2d, norm: BatchNormAct, pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+def conv_norm_act(
+    conv: nn.Module,
+    norm: BatchNormAct,
+    x: Tensor,
+    residual: Tensor | None = None,
+    downsample: nn.Sequential | None = None,
+) -> Tensor:
+    """act(batch_norm(conv(x)) + downsample(residual)): x [N, C, H, W] -> [N, K, P, Q].
+
+    downsample: ends in a `BatchNormAct`; without it the residual is added as it is. In training
+    its BatchNorm runs in the same pass as `norm`; without gradients each convolution is one kernel,
+    BatchNorm, addition and activation included.
+    """
+    folds = _folds(conv, norm, x)
+    shortcut_norm = None
+    if downsample is not None:
+        *layers, shortcut_norm = downsample
+        last = layers.pop() if layers else nn.Identity()
+        for layer in layers:
+            residual = layer(residual)
+        # a pass has one mode; one of the two may be frozen
+        if folds or norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics():
+            residual, shortcut_norm = conv_norm_act(last, shortcut_norm, residual), None
+        else:
+            residual = last(residual)
+    if not folds or (residual is not None and residual.dtype != _compute_dtype(x)):
+        return norm(conv(x), residual, shortcut_norm)
+    return kernels.conv_bn_act(
+        x,
+        conv.weight,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        residual=residual,
+        stride=conv.stride[0],
+        padding=conv.padding[0],
+        act=norm.act,
+        eps=norm.eps,
+    )
+
+
+def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Tensor:
     """pool(act(batch_norm(conv(x)))) for images x [N, C, H, W].
 
-    Where the kernels run, a convolution of images delivers the batch statistics with its output.
-    cuDNN is quicker on every other convolution, and on this one in float32.
+    Where the kernels run, a convolution of images is ours: it delivers the batch statistics, and
+    with three input channels it is several times as fast as cuDNN's.
     """
-    if norm._fuses(pool) and norm._uses_batch_statistics() and _delivers_statistics(conv, x):
+    if norm._fuses(pool) and _takes(conv, x) and conv.in_channels <= 4:
         stride, padding = conv.stride[0], conv.padding[0]
         y, *stats = kernels.conv_stats(x, conv.weight, stride=stride, padding=padding)
         return norm.pooled(y, pool, tuple(stats))
     return norm.pooled(conv(x), pool)
 
 
-def _delivers_statistics(conv: nn.Conv2d, x: Tensor) -> bool:
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    (stride, *strides), padding = conv.stride, conv.padding
+def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Layers of blocks one after another: x [N, C, H, W] -> the last block's output.
+
+    Neighbouring blocks that the trunk knows run together as one autograd function; any other block
+    runs by itself, on the units it is made of.
+    """
+    blocks: list[nn.Module] = []
+    for layer in layers:
+        opened = type(layer) is nn.Sequential and not hooked(layer)
+        blocks += layer if opened else [layer]
+    known = {block: why_not_trunk(block, x) is None for block in blocks}
+    for together, group in groupby(blocks, known.get):
+        if together:
+            x = _run_trunk(list(group), x)
+        else:
+            for block in group:
+                x = block(x)
+    return x
+
+
+def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
+    """Why `block` cannot be part of the trunk's function in this step, or None if it can."""
+    if not hasattr(block, "chain"):
+        return f"{type(block).__name__} is not a chain of convolutions and norms"
+    pairs = _pairs(block)
+    if any(len(pair) != 2 for pair in pairs):
+        return "its shortcut is more than a convolution and a norm"
+    if not all(norm.backend == "triton" for _, norm in pairs):
+        return "its units do not run on the kernels"
+    if not torch.is_grad_enabled() or x.shape[0] == 0:
+        return "there is no gradient to compute"
+    if not all(norm._uses_batch_statistics() for _, norm in pairs):
+        return "it has frozen statistics"
+    if any(hooked(module) for module in block.modules()):
+        return "it has a hook"
+    if not all(_takes(conv, x) for conv, _ in pairs):
+        return "the kernels do not take one of its convolutions, or its type"
+    return None
+
+
+def _pairs(block: nn.Module) -> list[Sequence[nn.Module]]:
+    """Convolution and norm of every part of a block, the shortcut's last."""
+    return [*block.chain(), *([block.downsample] if block.downsample is not None else [])]
+
+
+def _run_trunk(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+    pairs = [pair for block in blocks for pair in _pairs(block)]
+    masters = [conv.weight for conv, _ in pairs]
+    dtype = _compute_dtype(x)
+    with torch.no_grad():
+        weights = iter(trunk.cast(masters, [dtype] * len(masters)))
+    described = [_describe(block, weights) for block in blocks]
+    parameters = [
+        tensor for conv, norm in pairs for tensor in (conv.weight, norm.weight, norm.bias)
+    ]
+    y, found, counts = trunk.run(described, x.to(dtype), parameters)
+    _track_together([norm for _, norm in pairs], found, counts)
+    return y
+
+
+@torch.no_grad()
+def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[int]) -> None:
+    """Move the running statistics of all units, several in a launch."""
+    alone = [unit.momentum is None for unit in units]
+    for unit, norm, count, lonely in zip(units, found, counts, alone, strict=True):
+        if lonely:
+            unit._track(norm.mean, norm.var, count)
+    for momentum in {unit.momentum for unit in units if unit._tracks} - {None}:
+        chosen = [
+            (unit, norm, count / (count - 1))
+            for unit, norm, count in zip(units, found, counts, strict=True)
+            if unit._tracks and unit.momentum == momentum
+        ]
+        means, variances = ([norm[i] for _, norm, _ in chosen] for i in (2, 3))
+        variances = torch._foreach_mul(variances, [unbiased for *_, unbiased in chosen])
+        torch._foreach_add_([unit.num_batches_tracked for unit, *_ in chosen], 1)
+        torch._foreach_lerp_([unit.running_mean for unit, *_ in chosen], means, momentum)
+        torch._foreach_lerp_([unit.running_var for unit, *_ in chosen], variances, momentum)
+
+
+def _describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
+    convs = tuple(
+        trunk.Conv(next(weights), norm.weight, norm.bias, conv.stride[0], conv.padding[0], norm.eps)
+        for conv, norm in _pairs(block)
+    )
+    acts = tuple(norm.act for _, norm in block.chain())
+    shortcut = convs[-1] if block.downsample is not None else None
+    plan = trunk.PLANS[getattr(block, "plan", "P1")]
+    return trunk.Block(plan, convs[: len(acts)], acts, shortcut, block.adds)
+
+
+def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor) -> bool:
+    """Whether convolution and norm run as one kernel: it knows no gradient and no batch
+    statistics."""
     return (
-        dtype in (torch.bfloat16, torch.float16)
-        and conv.in_channels <= 4
+        norm.backend == "triton"
+        and not torch.is_grad_enabled()
+        and not norm._uses_batch_statistics()
+        and _takes(conv, x)
+    )
+
+
+def _takes(conv: nn.Module, x: Tensor) -> bool:
+    """Whether our convolution computes `conv`, in 16 bits: in float32 the library's is faster."""
+    return (
+        type(conv) is nn.Conv2d
+        and _compute_dtype(x) in (torch.bfloat16, torch.float16)
+        and (conv.in_channels % 8 == 0 or conv.in_channels <= 4)
         and conv.out_channels % 8 == 0
         and conv.bias is None
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
-        and strides == [stride]
-        and isinstance(padding, tuple)
-        and padding[0] == padding[1]
+        and conv.stride[0] == conv.stride[1]
+        and isinstance(conv.padding, tuple)
+        and conv.padding[0] == conv.padding[1]
+        and not hooked(conv)
     )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of a convolution's input."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

@@ -318,7 +318,7 @@ def _progress(done: int, total: int, name: str) -> None:
 def table(rows: list[Row]) -> str:
     """One line a row."""
     heads = ("room", "kernel", "arch", "dtype", "shape", "regs", "spills", "shared", "occ",
-             "waves", "floor us", "instructions", "fault")  # fmt: skip
+             "waves", "floor us", "instructions", "options", "fault")  # fmt: skip
     cells = [heads]
     for row in rows:
         cells.append(
@@ -335,6 +335,7 @@ def table(rows: list[Row]) -> str:
                 " ".join(f"{batch}:{waves:g}" for batch, waves in row.waves.items()),
                 f"{row.floor_us:.1f}",
                 " ".join(f"{name}:{count}" for name, count in row.instructions.items()),
+                row.options,
                 row.fault,
             )
         )

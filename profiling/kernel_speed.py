@@ -21,10 +21,11 @@ import torch._functorch.config as functorch
 from torch import Tensor
 
 import kernels
+from kernels import timing
 from kernels.launch import nhwc, why_not_triton
 from kernels.shapes import RESNET34, ConvSite
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
-from profiling import agree, rows, timing
+from profiling import agree, rows
 from profiling.roofline import Roofs, floor_us, roofs_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

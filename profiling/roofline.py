@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import timing
 from kernels.spec import Cost
-from profiling import timing
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kernels.timing import place
+
 KEY = (
     "provider",
     "model",
@@ -85,22 +87,7 @@ def _text(value: Any) -> str:
 
 def environment(device: torch.device) -> Row:
     """The columns that say where and with what a row was measured."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "none"
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cudnn": torch.backends.cudnn.version() if cuda else "none",
-        "driver": _driver() if cuda else "none",
-        "commit": commit(),
-        "date": date.today().isoformat(),
-    }
+    return {**place(device), "commit": commit(), "date": date.today().isoformat()}
 
 
 @cache
@@ -115,19 +102,6 @@ def commit() -> str:
     for path in sorted(path for folder in measured for path in (ROOT / folder).glob("**/*.py")):
         digest.update(path.read_bytes())
     return f"{head or 'source'}+{digest.hexdigest()[:8]}"
-
-
-@cache
-def _driver() -> str:
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0].strip() if found else "unknown"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'} x{os.cpu_count()}"
 
 
 def _output(*command: str) -> str:

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import bn_passes
+from kernels import bn_passes, bn_sums
 from kernels.activation import ACTS
 from kernels.bn_act import SPEC, _backward_op, _op, bn_act, pack, reference, unpack
 from kernels.bn_passes import keeps_mask
 from kernels.bn_stats import Tile
 from kernels.launch import record
 from kernels.shapes import EDGES
-from tests.helpers import DEVICE, check_against_float64
+from tests.helpers import DEVICE, LAYOUTS, check_against_float64, fresh, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -70,7 +70,7 @@ def test_every_activation(act, kind, generator):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_tiles_a_program_and_columns(kind, generator, monkeypatch):
-    monkeypatch.setitem(bn_passes.SUMS, 4, Tile(512, 4, 1))
+    monkeypatch.setitem(bn_sums.SUMS, 4, Tile(512, 4, 1))
     monkeypatch.setitem(bn_passes.FORWARD, 4, Tile(512, 4))
     monkeypatch.setitem(bn_passes.APPLY, 4, Tile(1024, 4))
     for training in (True, False):
@@ -198,19 +198,11 @@ def test_mask_bits(generator):
     assert torch.equal(mask, pack(y > 0))
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda dy: dy.contiguous(),
-        lambda dy: dy[:1, :1, :1, :1].expand(dy.shape) * 0 + dy,
-        lambda dy: dy.flip(3).flip(3),
-    ],
-    ids=["nchw", "expanded", "flipped"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gradient_in_any_layout(layout, generator):
     for kind in KINDS:
         inputs = draw_inputs(kind, (2, 24, 9, 5), torch.float32, generator)
-        check_against_float64(flat(bn_act), flat(reference), inputs, generator, dy_transform=layout)
+        check_against_float64(flat(bn_act), flat(reference), inputs, generator, layout=layout)
 
 
 def test_stride_zero_gradient(generator):
@@ -280,6 +272,23 @@ def test_without_triton_the_op_is_the_reference(generator, monkeypatch):
             check_room(inputs, generator, act=act, training=False)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_as_eager(dtype, kind, generator):
+    """Autocast leaves a BatchNorm in the dtype of its input, its parameters in float32."""
+    inputs = draw_inputs(kind, (2, 24, 5, 3), dtype, generator)
+    dy = torch.randn(inputs["x"].shape, generator=generator)
+    plain = outputs_and_gradients(flat(bn_act), fresh(inputs), dy)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        ours = outputs_and_gradients(flat(bn_act), fresh(inputs), dy)
+        eager = outputs_and_gradients(flat(reference), fresh(inputs), dy)
+        _, *stats = flat(bn_act)(**inputs)
+    assert [value.dtype for value in ours.values()] == [value.dtype for value in eager.values()]
+    assert all(value.dtype == torch.float32 for value in stats)
+    for name, value in ours.items():
+        assert torch.equal(value, plain[name])
+
+
 def bad(**change):
     c = torch.ones(8)
     x = torch.zeros(2, 8, 3, 5)
@@ -313,7 +322,8 @@ def test_bad_input_is_named(inputs, message):
 
 
 def test_launches(generator):
-    """Three launches forward, three backward (two with constant statistics), for every kind."""
+    """Three launches forward, three backward (two with constant statistics), for every kind; then
+    the sums of two gradients. Thousands of partials are folded first."""
     from kernels.bn_act import _launch
 
     x = torch.empty(SPEC.shapes[0], device="meta", dtype=torch.bfloat16)
@@ -322,7 +332,8 @@ def test_launches(generator):
     names = [launch.kernel.__name__ for launch in recording.launches]
     statistics = ["_stats_kernel", "_merge_kernel"]
     training = ["_sums_kernel", "_coefficients_kernel", "_apply_kernel"]
-    assert names == 2 * statistics + 3 * ["_forward_kernel", *training, *training[:2]]
+    kind = ["_forward_kernel", *training, *training[:2], "_sums_kernel"]
+    assert names == 2 * statistics + 3 * kind + ["_fold_kernel", "_coefficients_kernel"]
     wide = ("_stats_kernel", "_forward_kernel", "_sums_kernel", "_apply_kernel")
     assert all(x.grid[0] >= 132 for x in recording.launches if x.kernel.__name__ in wide)
 

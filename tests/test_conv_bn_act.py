@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.activation import ACTS
+from kernels.bn_checks import Norm
 from kernels.conv_bn_act import SPEC, _op, conv_bn_act, forward, reference
 from kernels.conv_gemm import FLOAT32, NARROW, SITES, SMALL_WIDE, WIDE
 from kernels.launch import record
@@ -92,7 +93,7 @@ def test_every_tile(tile, generator):
     """More than one tile each way, the last ones partly filled."""
     inputs = SPEC.make_inputs((2, 24, 13, 12, 136, 3, 1, 1), torch.float16, DEVICE, generator)
     x, weight, stride, padding, *norm, residual = inputs.values()
-    y = forward(x, weight, norm, residual, stride, padding, "identity", 1e-5, tile)
+    y = forward(x, weight, Norm(*norm, 1e-5), residual, stride, padding, "identity", tile)
     assert_relative_l2(y, reference(**as_float64(inputs), act="identity"))
 
 
@@ -113,9 +114,9 @@ def test_one_launch_a_site():
     for n, c, h, w, k, r, stride, padding in SITES:
         x = torch.empty(n, c, h, w, dtype=torch.bfloat16, device="meta")
         weight = torch.empty(k, c, r, r, dtype=torch.bfloat16, device="meta")
-        norm = [torch.empty(k, device="meta")] * 4
+        norm = Norm(*[torch.empty(k, device="meta")] * 4, 1e-5)
         with record() as recording:
-            forward(x, weight, norm, None, stride, padding, "relu", 1e-5)
+            forward(x, weight, norm, None, stride, padding, "relu")
         names = [launched.kernel.__name__ for launched in recording.launches]
         pack = ["_pack_kernel"] * 2 if c == 3 else []
         assert names == [*pack, "_conv_kernel"]

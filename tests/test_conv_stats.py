@@ -16,6 +16,7 @@ from tests.helpers import (
     CONV_SHAPES,
     DEVICE,
     DTYPES,
+    LAYOUTS,
     as_float64,
     assert_relative_l2,
     assert_two_errors,
@@ -131,18 +132,10 @@ def test_infinite_pixel_stays_in_its_window():
     assert torch.isfinite(y[:, :, :, :4]).all()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda dy: dy.contiguous(),
-        lambda dy: dy[:1, :1, :1, :1].expand(dy.shape) * 0 + dy,
-        lambda dy: dy.flip(3).flip(3),
-    ],
-    ids=["nchw", "expanded", "flipped"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gradient_in_any_layout(layout, generator):
     inputs = SPEC.make_inputs((2, 8, 7, 5, 16, 3, 2, 1), torch.float32, DEVICE, generator)
-    check_against_float64(conv_stats, reference, inputs, generator, atol=1e-6, dy_transform=layout)
+    check_against_float64(conv_stats, reference, inputs, generator, atol=1e-6, layout=layout)
 
 
 def test_stride_zero_gradient_and_only_what_is_needed(generator):

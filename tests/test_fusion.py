@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models import BackendUnavailable, build_model, units
-from models.fusion import FusedBasicBlock, FusedBottleneck, StemNorm, fuse, fuse_report
+from models.fusion import FusedBasicBlock, FusedBottleneck, fuse, fuse_report
 from models.units import BatchNormAct
 from tests.helpers import DEVICE, assert_two_errors
 
@@ -31,10 +31,11 @@ def seed():
     torch.manual_seed(0)
 
 
-def block(cls=BasicBlock, norm=nn.BatchNorm2d):
-    """One torchvision block, [N, 8, H, W] -> [N, 16, H/2, W/2], in a container as in a network."""
-    downsample = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), norm(16))
-    return nn.Sequential(cls(8, 16 // cls.expansion, 2, downsample, norm_layer=norm))
+def block(cls=BasicBlock, norm=nn.BatchNorm2d, width=16):
+    """One torchvision block, [N, 8, H, W] -> [N, width, H/2, W/2], in a container as in a
+    network."""
+    downsample = nn.Sequential(nn.Conv2d(8, width, 1, 2, bias=False), norm(width))
+    return nn.Sequential(cls(8, width // cls.expansion, 2, downsample, norm_layer=norm))
 
 
 def texts(model):
@@ -119,26 +120,69 @@ def test_blocks_on_the_kernels(cls, frozen):
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-5)
 
 
-def test_the_kernels_are_what_runs(monkeypatch):
-    """Of the kernel entry points each part of the network calls the one it is named after."""
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the kernels as they are called."""
     calls = []
 
     def spy(name):
         function = getattr(units.kernels, name)
 
         def called(*args, **options):
-            folded = options.get("residual_norm") is not None
+            normed = options.get("residual_norm") is not None
             added = options.get("residual") is not None
-            calls.append(name + (" norm" if folded else " add" if added else ""))
+            calls.append(name + (" norm" if normed else " add" if added else ""))
             return function(*args, **options)
 
         monkeypatch.setattr(units.kernels, name, called)
 
-    spy("bn_act"), spy("bn_act_pool")
+    for name in ("bn_act", "bn_act_pool", "conv_stats", "conv_bn_act"):
+        spy(name)
+    return calls
+
+
+def test_the_kernels_are_what_runs(calls):
+    """Of the kernel entry points each part of the network calls the one it is named after."""
     network = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3).to(DEVICE)
     with torch.no_grad():
         fuse(network, "triton")(torch.randn(2, 3, 32, 32, device=DEVICE))
     assert calls == ["bn_act_pool", "bn_act", "bn_act add"] + 3 * ["bn_act", "bn_act norm"]
+
+
+@pytest.mark.parametrize("make", [torchvision.models.ResNet, timm.models.ResNet], ids=str)
+def test_the_stem_takes_statistics_from_its_convolution(make, calls):
+    """In torchvision's and timm's own forward, and only as long as nobody watches the module."""
+    cls = BasicBlock if make is torchvision.models.ResNet else timm.models.resnet.BasicBlock
+    network = fuse(make(cls, [1, 1, 1, 1], num_classes=3).to(DEVICE), "triton")
+    network.layer1 = network.layer2 = network.layer3 = network.layer4 = nn.Identity()
+    network.fc = nn.Linear(64, 3, device=DEVICE)
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        network(x).sum().backward()
+        assert calls == ["conv_stats", "bn_act_pool"]
+        seen = []
+        network.conv1.register_forward_hook(lambda *_: seen.append("conv"))
+        network(x)
+    assert seen == ["conv"]
+    assert calls[2:] == ["bn_act_pool"]
+
+
+@pytest.mark.parametrize("cls", [BasicBlock, Bottleneck])
+def test_inference_is_one_kernel_a_convolution(cls, calls):
+    model = randomise_norms(block(cls, width=32)).to(DEVICE, torch.bfloat16).eval()
+    x = torch.randn(2, 8, 6, 6, device=DEVICE).bfloat16()
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        eager, truth = model(x), exact(x.double())
+        y = fuse(model, "triton")(x)
+    assert_two_errors(y, eager, truth, atol=1e-3)
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    shortcut = calls.pop(-2)
+    assert shortcut == "conv_bn_act"
+    assert calls == ["conv_bn_act"] * (convolutions - 2) + ["conv_bn_act add"]
+    calls.clear()
+    model(x)  # gradients are wanted again
+    assert calls == ["bn_act"] * (convolutions - 2) + ["bn_act norm"]
 
 
 def test_modes_and_buffers_are_kept():
@@ -286,7 +330,6 @@ def test_drop_path_and_other_stems():
     original = copy.deepcopy(strided)
     stem = texts(fuse(strided, "eager"))[""]
     assert stem == "fused: conv-bn-mish; maxpool, a Sequential, stays"
-    assert not isinstance(strided.bn1, StemNorm)
     torch.testing.assert_close(strided(x), original(x), rtol=1e-4, atol=1e-4)
 
 
@@ -306,7 +349,7 @@ def test_a_network_without_resnet_blocks_is_returned_unchanged():
 def test_a_backbone_inside_another_module():
     model = nn.ModuleDict({"body": timm.create_model("resnet10t", num_classes=0)})
     assert all(text.startswith("fused") for text in texts(fuse(model, "eager")).values())
-    assert isinstance(model["body"].bn1, StemNorm)
+    assert type(model["body"].bn1) is BatchNormAct
     features = timm.create_model("resnet18", features_only=True).eval()
     x = torch.randn(1, 3, 64, 64)
     expected = features(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kernels.activation import ACTS
 from kernels.group_norm_act import SPEC, _op, group_norm_act, reference
 from kernels.launch import record, run
-from tests.helpers import DEVICE, check_against_float64
+from tests.helpers import DEVICE, LAYOUTS, check_against_float64
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 # the package's attribute of this name is the function
@@ -85,18 +85,10 @@ def test_variance_far_from_zero(generator):
     assert (mean.cpu().double() - middle).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda dy: dy.contiguous(),
-        lambda dy: dy.flip(3).flip(3),
-        lambda dy: torch.stack((dy, dy), -1)[..., 0],
-    ],
-    ids=["nchw", "flipped", "strided"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gradient_in_any_layout(layout, generator):
     inputs = make_inputs((2, 24, 9, 5, 3), torch.float32, generator)
-    check_against_float64(group_norm_act, reference, inputs, generator, 2e-6, dy_transform=layout)
+    check_against_float64(group_norm_act, reference, inputs, generator, 2e-6, layout=layout)
 
 
 def test_stride_zero_gradient(generator):

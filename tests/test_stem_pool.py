@@ -6,10 +6,12 @@ import torch.nn.functional as F
 
 from kernels import stem_pool
 from kernels.activation import ACTS, REFERENCE
+from kernels.bn_checks import Norm
 from kernels.bn_stats import batch_statistics
 from kernels.launch import nhwc, record
-from kernels.stem_pool import SPEC, _op, bn_act_pool, forward, reference
-from tests.helpers import DEVICE, check_against_float64, fresh
+from kernels.stem_pool import SPEC, _op, backward, bn_act_pool, forward, reference
+from tests.helpers import DEVICE, LAYOUTS, check_against_float64, fresh, outputs_and_gradients
+from tests.offsets import only_the_ends, zeros_but
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,7 +33,7 @@ def winners(inputs, act="relu", training=True):
     return row * x.shape[3] + column
 
 
-def check(inputs, generator, atol=1e-6, dy_transform=lambda dy: dy, **options):
+def check(inputs, generator, atol=1e-6, layout=lambda dy: dy, **options):
     """The two-error rule at the pixels the kernel chose: rounding may decide between neighbours
     in another way in each type; that the choice is right is `check_choice`'s concern."""
     flat = winners(inputs, **options)
@@ -41,9 +43,7 @@ def check(inputs, generator, atol=1e-6, dy_transform=lambda dy: dy, **options):
         z = REFERENCE[act](F.batch_norm(x, mean, var, weight, bias, training, 0.0, EPS))
         return z.flatten(2).gather(2, flat.to(x.device).flatten(2)).view(flat.shape)
 
-    check_against_float64(
-        bn_act_pool, at_winners, {**inputs, **options}, generator, atol, dy_transform
-    )
+    check_against_float64(bn_act_pool, at_winners, {**inputs, **options}, generator, atol, layout)
 
 
 def check_choice(inputs, act="relu", training=True):
@@ -149,18 +149,10 @@ def test_adversarial_channels(case, generator):
         assert (dx[:, 3] == 0).all()
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda dy: dy.contiguous(),
-        lambda dy: dy.flip(3).flip(3),
-        lambda dy: torch.stack((dy, dy), -1)[..., 0],
-    ],
-    ids=["nchw", "flipped", "strided"],
-)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_gradient_in_any_layout(layout, generator):
     inputs = SPEC.make_inputs((2, 24, 9, 6), torch.float32, DEVICE, generator)
-    check(inputs, generator, dy_transform=layout)
+    check(inputs, generator, layout=layout)
 
 
 def test_stride_zero_gradient(generator):
@@ -229,8 +221,9 @@ def test_empty_batch(training):
 def test_without_gradients_nothing_is_saved(generator):
     inputs = SPEC.make_inputs((2, 8, 5, 6), torch.float32, DEVICE, generator)
     args = [value.detach() for value in inputs.values()]
-    y, x_max, index = forward(*args, "relu", EPS, True)
-    alone, *saved = forward(*args, "relu", EPS, False)
+    x, norm = args[0], Norm(*args[1:], EPS)
+    y, x_max, index = forward(x, norm, "relu", True)
+    alone, *saved = forward(x, norm, "relu", False)
     assert torch.equal(y, alone)
     assert x_max.shape == index.shape == y.shape
     assert [tensor.numel() for tensor in saved] == [0, 0]
@@ -294,6 +287,45 @@ def test_bad_input_is_named(change, message):
         bn_act_pool(**{"x": torch.zeros(2, 8, 4, 4), **channels, **change})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_as_eager(dtype, generator):
+    """Autocast leaves a BatchNorm in the dtype of its input, its parameters in float32."""
+    inputs = SPEC.make_inputs((2, 8, 5, 6), dtype, DEVICE, generator)
+    dy = torch.randn((2, 8, 3, 3), generator=generator)
+    plain = outputs_and_gradients(bn_act_pool, fresh(inputs), dy)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        ours = outputs_and_gradients(bn_act_pool, fresh(inputs), dy)
+        eager = outputs_and_gradients(reference, fresh(inputs), dy)
+        _, *stats = bn_act_pool(**inputs)
+    assert [value.dtype for value in ours.values()] == [value.dtype for value in eager.values()]
+    assert all(value.dtype == torch.float32 for value in stats)
+    for name, value in ours.items():
+        assert torch.equal(value, plain[name])
+
+
+def test_offsets_beyond_31_bits(generator, monkeypatch):
+    """An image is one pixel and one window: x, the windows and dx all have more elements."""
+    shape, rows = (2**25 + 3, 64, 1, 1), 11  # the smallest tiles are those of the backward: 8 rows
+    nothing = torch.zeros((2, 1, 64), device=DEVICE)  # test_bn_sums has the offsets of the sums
+    monkeypatch.setattr(stem_pool, "sums", lambda dy, x, norm, act: (None, nothing))
+    ends = [torch.randn(rows, *shape[1:], generator=generator).half().to(DEVICE) for _ in range(2)]
+    norm = Norm(*(torch.rand(64, generator=generator).to(DEVICE) + 0.5 for _ in range(4)), EPS)
+    z = F.batch_norm(ends[0], norm.mean, norm.var, norm.weight, norm.bias, eps=EPS)
+    s = (norm.weight * (norm.var + EPS).rsqrt())[:, None, None]
+    with only_the_ends(stem_pool):
+        x = zeros_but(ends[0], shape)
+        y, x_max, index = forward(x, norm, "relu", True)
+        torch.testing.assert_close(y[-rows:], F.relu(z), rtol=2e-3, atol=2e-3)
+        assert torch.equal(x_max[-rows:], ends[0])
+        assert (index[-rows:] == 4).all()
+        del y
+        dy = zeros_but(ends[1], shape)
+        for training in (False, True):
+            dx = backward(dy, x, x_max, index, norm, "relu", training)[0]
+            truth = (z > 0) * ends[1] * s
+            torch.testing.assert_close(dx[-rows:].float(), truth, rtol=2e-3, atol=2e-3)
+
+
 def test_records_its_launches(generator):
     tiny = SPEC.make_inputs((1, 64, 2, 2), torch.bfloat16, torch.device("cpu"), generator)
     inputs = {name: value.detach().to("meta") for name, value in tiny.items()}
@@ -301,13 +333,13 @@ def test_records_its_launches(generator):
     with record() as recording:
         SPEC.launch(**inputs)
     names = [launch.kernel.__name__ for launch in recording.launches]
-    backward = ["_sums_kernel", "_merge_kernel", "_backward_kernel"]
-    assert names == ["_forward_kernel"] * 2 + backward * 2
+    pulled_back = ["_sums_kernel", "_coefficients_kernel", "_backward_kernel"]
+    assert names == ["_forward_kernel"] * 2 + pulled_back * 2
     assert (
         min(
             launch.grid[0]
             for launch in recording.launches
-            if launch.kernel.__name__ != "_merge_kernel"
+            if launch.kernel.__name__ != "_coefficients_kernel"
         )
         >= 2 * recording.multiprocessors
     )

@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
+from kernels import timing
 from kernels.spec import Cost
-from profiling import agree, rows, timing
+from profiling import agree, rows
 from profiling.roofline import ARCHS, Roofs, blocks_per_multiprocessor, floor_us
 
 CPU = torch.device("cpu")

@@ -5,13 +5,16 @@ through a list of calls. Each call works on its own input set; `rotations` says 
 their bytes pass three times the L2, so no call finds its inputs cached by the one before.
 """
 
+import functools
+import os
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 
-import numpy as np
 import torch
 
 Call = Callable[[], object]
@@ -38,6 +41,41 @@ class Sampler:
 
     sample: Callable[[], float]
     method: str
+
+
+def place(device: torch.device) -> dict[str, str]:
+    """Where and with what something is measured: device, torch, triton, cudnn, driver."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "none"
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "torch": str(torch.__version__),
+        "triton": triton_version,
+        "cudnn": str(torch.backends.cudnn.version()) if cuda else "none",
+        "driver": _driver() if cuda else "none",
+    }
+
+
+@functools.cache
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return next(iter(done.stdout.split()), "unknown")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'} x{os.cpu_count()}"
 
 
 def summarise(samples: Sequence[float], method: str) -> Timing:
@@ -93,12 +131,21 @@ def graph_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
     for call in calls:
         call()
     try:
-        graph = capture(calls)
+        return replay_sampler(calls, device)
     except RuntimeError as error:
-        torch.cuda.synchronize()
         reason = str(error).splitlines()[0][:60]
         events = loop_sampler(calls, device)
         return Sampler(events.sample, f"events, capture failed: {reason}")
+
+
+def replay_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
+    """Samples by replaying a CUDA graph of all `calls`, which must have run before. Raises
+    RuntimeError when something in them cannot be captured."""
+    try:
+        graph = capture(calls)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        raise
     replayed = loop_sampler([graph.replay], device)
     return Sampler(lambda: replayed.sample() / len(calls), "cuda graph")
 
@@ -162,7 +209,9 @@ def speedup(
     """
     if len(baseline.samples) != len(other.samples) or not baseline.samples:
         raise ValueError("a paired ratio needs two timings of one measure(...)")
-    ratios = np.array(baseline.samples) / np.array(other.samples)
-    picks = np.random.default_rng(seed).integers(0, len(ratios), (draws, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    slow, fast = (torch.tensor(t.samples, dtype=torch.float64) for t in (baseline, other))
+    ratios = slow / fast
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(ratios), (draws, len(ratios)), generator=generator)
+    low, high = ratios[picks].quantile(0.5, dim=1).quantile(ratios.new_tensor([0.025, 0.975]))
+    return float(ratios.quantile(0.5)), float(low), float(high)

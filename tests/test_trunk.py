@@ -1,0 +1,181 @@
+"""The plans of the trunk against its blocks in eager float64: outputs, every gradient, running
+statistics, twenty steps of training, what is saved and what is launched."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision.models.resnet import Bottleneck
+
+from kernels.launch import record
+from models import build_model, fuse, set_backend, trunk, units
+from models.blocks import BasicBlock, PlainBlock
+from models.units import run_layers
+from tests.helpers import DEVICE, assert_two_errors
+
+pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32")
+
+
+def bottleneck(c_in, c_out, stride, act):
+    """A torchvision block of three convolutions."""
+    downsample = None
+    if stride != 1 or c_in != c_out:
+        conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+        downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+    return Bottleneck(c_in, c_out // 4, stride, downsample)
+
+
+def make_chain(cls, act="relu"):
+    """Two blocks, the second with stride 2 and other channels, then one that changes nothing; their
+    norms far from their start."""
+    blocks = [cls(*shape, act) for shape in ((32, 32, 1), (32, 64, 2), (64, 64, 1))]
+    for module in nn.ModuleList(blocks).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return blocks
+
+
+def on_plan(blocks, plan):
+    """Copies of the blocks on the kernels, with that plan."""
+    model = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE, memory_format=torch.channels_last)
+    fuse(model, "triton") if isinstance(blocks[0], Bottleneck) else set_backend(model, "triton")
+    for block in model:
+        block.plan = plan
+    return model
+
+
+def outcome(run, model, x, dy):
+    x = x.detach().requires_grad_()
+    y = run(model, x)
+    gradients = torch.autograd.grad(y, [x, *model.parameters()], dy.to(y.dtype))
+    names = ["dx", *(name for name, _ in model.named_parameters())]
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("plan", trunk.PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cls", [PlainBlock, BasicBlock, bottleneck])
+def test_every_plan_matches_float64(cls, dtype, plan, generator):
+    torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    blocks = make_chain(cls)
+    x = torch.randn(2, 32, 7, 6, generator=generator).to(DEVICE, dtype)
+    dy = torch.randn(2, 64, 4, 3, generator=generator).to(DEVICE)
+    eager = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE, dtype)
+    exact = copy.deepcopy(eager).double()
+    ours = on_plan(blocks, plan)
+    with torch.no_grad():  # the weights that both round to, in the float32 that ours keeps
+        for mine, theirs in zip(ours.parameters(), eager.parameters(), strict=True):
+            mine.copy_(theirs)
+    truth = outcome(lambda m, x: m(x), exact, x.double(), dy.double())
+    theirs = outcome(lambda m, x: m(x), eager, x, dy)
+    found = outcome(lambda m, x: units._run_trunk(list(m), x), ours.float(), x, dy)
+    ratios = []
+    for name, value in truth.items():
+        assert found[name].dtype == (dtype if name in ("y", "dx") else torch.float32)
+        size = value.norm()
+        away, allowed = ((f[name].double() - value).norm() / size for f in (found, theirs))
+        ratios.append((away, allowed))
+        assert dtype != torch.float32 or away <= 2 * allowed + 1e-5, name
+    # in 16 bits a mask that falls on the other side moves a tensor by percents, by luck in one of
+    # the two: all tensors together
+    away, allowed = torch.tensor(ratios).square().mean(0).sqrt()
+    assert away <= 1.5 * allowed + 1e-5
+    for (key, value), expected in zip(
+        ours.named_buffers(), dict(exact.named_buffers()).values(), strict=True
+    ):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            value.double(), expected.double(), rtol=tolerance, atol=tolerance, msg=key
+        )
+
+
+@pytest.mark.parametrize("act", ["leaky_relu", "silu"])
+@pytest.mark.parametrize("plan", ["P1", "P4"])
+def test_other_activations(plan, act, generator):
+    """leaky_relu keeps a mask, silu the identity that was added."""
+    torch.manual_seed(1)
+    blocks = make_chain(BasicBlock, act)
+    x = torch.randn(2, 32, 5, 6, generator=generator).to(DEVICE)
+    dy = torch.randn(2, 64, 3, 3, generator=generator).to(DEVICE)
+    eager = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE)
+    truth = outcome(lambda m, x: m(x), copy.deepcopy(eager).double(), x.double(), dy.double())
+    theirs = outcome(lambda m, x: m(x), eager, x, dy)
+    found = outcome(lambda m, x: units._run_trunk(list(m), x), on_plan(blocks, plan), x, dy)
+    for name, value in truth.items():
+        assert_two_errors(found[name], theirs[name], value, name, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("cls", "plan"), [(PlainBlock, "P4"), *((BasicBlock, plan) for plan in trunk.PLANS)]
+)
+def test_twenty_steps_give_the_losses_of_eager(cls, plan):
+    torch.manual_seed(0)
+    blocks = [cls(16, 16, 1, "relu"), cls(16, 16, 2, "relu")]
+    head = nn.Linear(16, 3).to(DEVICE)
+    models = {
+        "float32": nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE),
+        "eager": nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE),
+        "ours": on_plan(blocks, plan),
+    }
+    x, labels = torch.randn(6, 16, 5, 5, device=DEVICE), torch.arange(6, device=DEVICE) % 3
+    losses = {}
+    for name, model in models.items():
+        last = copy.deepcopy(head)
+        optimizer = torch.optim.SGD([*model.parameters(), *last.parameters()], 0.05, momentum=0.9)
+        losses[name] = []
+        for _ in range(20):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=name != "float32"):
+                logits = last(run_layers([model], x).mean((2, 3)))
+            loss = cross_entropy(logits.float(), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[name].append(loss.item())
+    exact, eager, ours = (torch.tensor(losses[name]) for name in ("float32", "eager", "ours"))
+    assert (ours - exact).norm() <= 2 * (eager - exact).norm() + 1e-3
+    assert exact[-1] < 0.5 * exact[0]  # it did train
+
+
+def recorded(name, plan, monkeypatch, batch=32):
+    """The launches of the trunk of a whole network, forward and backward, on meta tensors; and the
+    bytes an image that are kept between the two."""
+    monkeypatch.setattr(units, "_compute_dtype", lambda x: x.dtype)  # no autocast on meta
+    model = set_backend(build_model(name).to("meta"), "triton")
+    blocks = [block for number in range(1, 5) for block in getattr(model, f"layer{number}")]
+    for block in blocks:
+        block.plan = plan
+    x = torch.empty(batch, 64, 56, 56, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with record() as recording:
+        y = units._run_trunk(blocks, x.contiguous(memory_format=torch.channels_last))
+        held = {id(t): t.nbytes for t in held_tensors(y.grad_fn.saved)}
+        y.backward(torch.empty_like(y))
+    return recording.launches, sum(held.values()) / batch
+
+
+def held_tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value] if value.dim() > 1 else []
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in held_tensors(item)]
+    return []
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "most"), [("resnet34", "P3", 170), ("resnet34", "P4", 122)]
+)
+def test_launches_of_a_training_step(name, plan, most, monkeypatch):
+    """Without the merges of statistics, the coefficients and the sums of split products."""
+    launches, _ = recorded(name, plan, monkeypatch)
+    names = [launch.kernel.__name__ for launch in launches]
+    bookkeeping = ("_merge_kernel", "_coefficients_kernel", "_fold_kernel", "_sum_kernel")
+    assert len([n for n in names if n not in bookkeeping]) <= most
+
+
+@pytest.mark.parametrize(("plan", "megabytes"), [("P1", 11.9), ("P3", 11.9), ("P4", 9.2)])
+def test_bytes_that_are_saved(plan, megabytes, monkeypatch):
+    """An image at 224 pixels, without the stem's 2.2 MB; eager keeps 16.9 with it."""
+    _, saved = recorded("resnet34", plan, monkeypatch)
+    assert saved <= megabytes * 1e6
