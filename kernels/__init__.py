@@ -13,8 +13,12 @@ from kernels.bn_act import SPEC as BN_ACT
 from kernels.bn_act import bn_act
 from kernels.conv_bn_act import SPEC as CONV_BN_ACT
 from kernels.conv_bn_act import conv_bn_act
+from kernels.conv_dgrad import SPEC as CONV_DGRAD
+from kernels.conv_dgrad import conv_dgrad
 from kernels.conv_stats import SPEC as CONV_STATS
 from kernels.conv_stats import conv_stats
+from kernels.conv_wgrad import SPEC as CONV_WGRAD
+from kernels.conv_wgrad import conv_wgrad
 from kernels.group_norm_act import SPEC as GROUP_NORM_ACT
 from kernels.group_norm_act import group_norm_act
 from kernels.head import SPEC as HEAD
@@ -31,6 +35,8 @@ KERNELS: tuple[KernelSpec, ...] = (
     BN_ACT,
     STEM_POOL,
     CONV_STATS,
+    CONV_DGRAD,
+    CONV_WGRAD,
     CONV_BN_ACT,
     GROUP_NORM_ACT,
     AVG_POOL,
@@ -47,7 +53,9 @@ __all__ = [
     "bn_act",
     "bn_act_pool",
     "conv_bn_act",
+    "conv_dgrad",
     "conv_stats",
+    "conv_wgrad",
     "cross_entropy",
     "group_norm_act",
     "image_prep",

@@ -290,6 +290,8 @@ def data_gradient(
     block_k = min(tile.block_k, max(16, k & -k))
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if made:
+        options["maxnreg"] = 255  # left alone, ptxas may aim at 128 and spill
     args = (dz, *made_of, weight, dx, fork, *unit, partials, rows)
     grid = (tiles * cdiv(c, tile.block_n),)
     run(_data_gradient_kernel, grid, *args, **sizes, **steps, **flags, **blocks, **options)

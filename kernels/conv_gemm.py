@@ -12,7 +12,7 @@ and 1.61 MB of y, and the products are 224 deep instead of 147; 8 channels would
 392, and the dense 147 would be read 2 bytes at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -203,7 +203,11 @@ def convolve(
         w += w % 2  # rows start at 16 bytes
         x, weight = _pack(x, w, padding), _pack(weight, taps, 0)
         c, s, pad_w, pixel = taps * IMAGE_CHANNELS, 1, 0, IMAGE_CHANNELS
-    (in_norm, in_act) = (h.norm, h.act) if isinstance(h, Normed) else (NO_NORM, "")
+    in_norm, in_act = NO_NORM, ""
+    if isinstance(h, Normed):
+        # x passes through registers on its way: more of them, and less of it a step, or they spill
+        in_norm, in_act = h.norm, h.act
+        tile = replace(tile, block_k=min(tile.block_k, 64), warps=8)
     residual = None if residual is None else nhwc(residual)
     args = (x, *in_norm, weight, y, partials, *(norm or NO_NORM), residual, n * p * q)
     sizes = {"H": height, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s}

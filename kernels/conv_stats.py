@@ -1,6 +1,7 @@
 """conv_stats: a convolution that delivers BatchNorm's statistics of its output.
 
     forward    y = conv(x), mean = E[y], var = E[(y - mean)^2] over N, P, Q
+    prologue   x = act(norm(x')) of the unit before, made on load (`conv_prologue`); launcher only
     backward   dx, dW by ATen (cuDNN); bn_act's backward holds the training formula, so mean and var
                take no gradient
 
@@ -14,8 +15,10 @@ Layouts: see `conv_gemm`. Where Triton cannot run the op is `reference`.
 import torch
 import torch.nn.functional as F
 
+from kernels.bn_checks import Norm
 from kernels.bn_stats import merge
 from kernels.conv_gemm import (
+    IMAGE_CHANNELS,
     SITES,
     Tile,
     choose,
@@ -113,8 +116,16 @@ def conv_stats(
     return y, statistics[0], statistics[1]
 
 
+def _launch(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> None:
+    forward(x, weight, stride, padding)
+    if x.shape[1] > IMAGE_CHANNELS:
+        channels = torch.empty(x.shape[1], device=x.device)
+        made = Normed(x, Norm(*[channels] * 4, 1e-5), "relu")
+        forward(made, weight, stride, padding)
+
+
 def _cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
     return conv_cost(shape, itemsize, residual=False)
 
 
-SPEC = KernelSpec("conv_stats", reference, conv_stats, make_conv_inputs, forward, _cost, SITES)
+SPEC = KernelSpec("conv_stats", reference, conv_stats, make_conv_inputs, _launch, _cost, SITES)

@@ -24,6 +24,7 @@ class FusedBasicBlock(nn.Module):
     """torchvision's and timm's BasicBlock on our units; only ever made by `fuse`."""
 
     adds = True
+    plan = None
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""
@@ -38,6 +39,7 @@ class FusedBottleneck(nn.Module):
     """torchvision's and timm's Bottleneck on our units; only ever made by `fuse`."""
 
     adds = True
+    plan = None
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""

@@ -16,7 +16,7 @@ import kernels
 from kernels.activation import REFERENCE
 from kernels.bn_checks import Norm
 from kernels.bn_stats import track
-from models import compiled, trunk
+from models import compiled, plans, trunk
 
 
 def set_backend(model: nn.Module, backend: str) -> nn.Module:
@@ -257,7 +257,7 @@ def _run_trunk(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
     dtype = _compute_dtype(x)
     with torch.no_grad():
         weights = iter(trunk.cast(masters, [dtype] * len(masters)))
-    described = [_describe(block, weights) for block in blocks]
+    described = _planned(blocks, [_describe(block, weights) for block in blocks], x)
     parameters = [
         tensor for conv, norm in pairs for tensor in (conv.weight, norm.weight, norm.bias)
     ]
@@ -286,6 +286,24 @@ def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[i
         torch._foreach_lerp_([unit.running_var for unit, *_ in chosen], variances, momentum)
 
 
+def _planned(
+    blocks: Sequence[nn.Module], described: list[trunk.Block], x: Tensor
+) -> list[trunk.Block]:
+    """The blocks on their plans: the one that a block's `plan` names, else the measured one."""
+    sites, shape = [], tuple(x.shape)
+    for block in described:
+        site, shape = plans.site_of(block, shape)
+        sites.append(site)
+    if all(block.plan for block in blocks):
+        names = [block.plan for block in blocks]
+    else:
+        chosen = plans.choose_plans(sites, x.device)
+        names = [block.plan or name for block, name in zip(blocks, chosen, strict=True)]
+    return [
+        block._replace(plan=trunk.PLANS[name]) for block, name in zip(described, names, strict=True)
+    ]
+
+
 def _describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
     convs = tuple(
         trunk.Conv(next(weights), norm.weight, norm.bias, conv.stride[0], conv.padding[0], norm.eps)
@@ -293,7 +311,7 @@ def _describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
     )
     acts = tuple(norm.act for _, norm in block.chain())
     shortcut = convs[-1] if block.downsample is not None else None
-    plan = trunk.PLANS[getattr(block, "plan", "P1")]
+    plan = trunk.PLANS[plans.BASELINE]
     return trunk.Block(plan, convs[: len(acts)], acts, shortcut, block.adds)
 
 

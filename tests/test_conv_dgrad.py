@@ -170,7 +170,7 @@ def test_random_shapes_and_parts(generator):
     def pick(low, high):
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    for _ in range(16):
+    for _ in range(10):
         r, stride = pick(1, 5), pick(1, 3)
         h, w = pick(r, 9), pick(r, 9)
         shape = (pick(1, 5), 8 * pick(1, 10), h, w, 8 * pick(1, 5), r, stride, pick(0, r))
@@ -186,7 +186,7 @@ def test_random_shapes_and_parts(generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(2, 24, 9, 7, 72, 3, 2, 1), (3, 64, 5, 6, 16, 3, 1, 1), (1, 40, 7, 5, 24, 1, 2, 0)],
+    [(2, 24, 9, 7, 40, 3, 2, 1), (3, 64, 5, 6, 16, 3, 1, 1), (1, 40, 7, 5, 24, 1, 2, 0)],
     ids=str,
 )
 def test_every_part(shape, dtype, generator):

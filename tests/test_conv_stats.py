@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import launch
+from kernels import bn_passes, launch
+from kernels.bn_checks import Norm
 from kernels.bn_stats import FOLD_ABOVE
 from kernels.conv_gemm import FLOAT32, NARROW, SITES, SMALL_WIDE, WIDE, tiles_for
+from kernels.conv_prologue import Normed
 from kernels.conv_stats import SPEC, _op, conv_stats, forward, reference
 from kernels.launch import record
 from kernels.shapes import conv_out
@@ -290,3 +292,22 @@ def test_small_shared_memory_has_its_own_tiles():
             for tile in tiles_for(capability, filters, torch.bfloat16):
                 operands = (tile.block_m + tile.block_n) * tile.block_k * 2
                 assert tile.stages * operands <= 99 * 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_prologue_is_the_stored_activation(act, dtype, generator):
+    """Bit for bit what the convolution of `bn_passes.forward`'s output gives, padding included: it
+    is zero, not act(bias)."""
+    for shape in (CONV_SHAPES[4], CONV_SHAPES[5], CONV_SHAPES[8]):
+        inputs = SPEC.make_inputs(shape, dtype, DEVICE, generator)
+        x, weight = inputs["x"].detach(), inputs["weight"].detach()
+        channels = (torch.rand(4, x.shape[1], generator=generator) + 0.5).to(DEVICE)
+        norm = Norm(*channels, EPS)
+        steps = (inputs["stride"], inputs["padding"])
+        stored = bn_passes.forward(x, norm, None, None, act)[0]
+        expected = forward(stored, weight, *steps)
+        for ours, theirs in zip(
+            forward(Normed(x, norm, act), weight, *steps), expected, strict=True
+        ):
+            assert torch.equal(ours, theirs)

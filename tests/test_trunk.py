@@ -163,15 +163,30 @@ def held_tensors(value):
     return []
 
 
+BOOKKEEPING = ("_merge_kernel", "_coefficients_kernel", "_fold_kernel", "_sum_kernel")
+
+
 @pytest.mark.parametrize(
-    ("name", "plan", "most"), [("resnet34", "P3", 170), ("resnet34", "P4", 122)]
+    ("name", "plan", "launched", "megabytes"),
+    [
+        ("resnet34", "P3", 170, 81),
+        ("resnet34", "P4", 122, 70),
+        ("plain34", "P3", 161, 76),
+        ("plain34", "P4", 114, 65),
+    ],
 )
-def test_launches_of_a_training_step(name, plan, most, monkeypatch):
-    """Without the merges of statistics, the coefficients and the sums of split products."""
-    launches, _ = recorded(name, plan, monkeypatch)
-    names = [launch.kernel.__name__ for launch in launches]
-    bookkeeping = ("_merge_kernel", "_coefficients_kernel", "_fold_kernel", "_sum_kernel")
-    assert len([n for n in names if n not in bookkeeping]) <= most
+def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes, monkeypatch):
+    """Of the trunk, without the merges of statistics, the coefficients and the sums of split
+    products; the stem and the head add eight launches. Bytes an image at batch 256: every tensor
+    that a launch is given, once."""
+    launches, _ = recorded(name, plan, monkeypatch, batch=256)
+    counted = [one for one in launches if one.kernel.__name__ not in BOOKKEEPING]
+    assert len(counted) <= launched
+    moved = sum(
+        sum({id(arg): arg.nbytes for arg in one.args if isinstance(arg, torch.Tensor)}.values())
+        for one in counted
+    )
+    assert moved / 256 <= megabytes * 1e6
 
 
 @pytest.mark.parametrize(("plan", "megabytes"), [("P1", 11.9), ("P3", 11.9), ("P4", 9.2)])
