@@ -85,14 +85,16 @@ def graph_timer(
 def choose(
     jobs: Sequence[Job],
     *,
+    measure: bool = True,
     deterministic: bool = False,
     timer: Timer = graph_timer,
     store: Store | None = None,
 ) -> list[Choice]:
     """The choice for each of `jobs`: remembered, shipped, or measured now and remembered.
 
-    deterministic: nothing is measured. The shipped winner for the same site and GPU is taken if its
-        numbers hold here, else the baseline.
+    measure: where False, what is neither remembered nor shipped stays the baseline.
+    deterministic: nothing is measured or remembered. The shipped winner for the same site and GPU
+        is taken if its numbers hold here, else the baseline.
     store: where choices are remembered; None is the file in the user's cache folder.
 
     Measuring is announced on stderr. What a candidate raises is a refusal; only one that takes the
@@ -103,6 +105,8 @@ def choose(
     with torch.random.fork_rng(devices):
         if deterministic:
             return [_from_table(job, store) for job in jobs]
+        if not measure:
+            return [_remembered(job, store) or _from_table(job, store) for job in jobs]
         return _remembered_or_measured(jobs, timer, store)
 
 

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from models.backend import resolve_backend
 from models.blocks import Pair
-from models.units import BatchNormAct, conv_norm_act, hooked, run_layers, set_backend, stem
+from models.units import (
+    BatchNormAct,
+    check_plan,
+    conv_norm_act,
+    hooked,
+    run_layers,
+    set_backend,
+    stem,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
@@ -24,7 +32,7 @@ class FusedBasicBlock(nn.Module):
     """torchvision's and timm's BasicBlock on our units; only ever made by `fuse`."""
 
     adds = True
-    plan = None
+    plan = "known"
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""
@@ -39,7 +47,7 @@ class FusedBottleneck(nn.Module):
     """torchvision's and timm's Bottleneck on our units; only ever made by `fuse`."""
 
     adds = True
-    plan = None
+    plan = "known"
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""
@@ -139,12 +147,13 @@ class FuseReport:
         return "\n".join(lines + [f"  note   {note}" for note in self.notes])
 
 
-def fuse(model: nn.Module, backend: str = "auto") -> nn.Module:
+def fuse(model: nn.Module, backend: str = "auto", plan: str = "known") -> nn.Module:
     """Put the known parts of `model` on our units, in place, and return the same object.
 
     model: any network with torchvision or timm ResNet blocks (BasicBlock, Bottleneck: ResNet,
         Wide ResNet, ResNeXt), alone or inside another module. `fuse_report` tells what was known.
     backend: auto, eager, compile or triton, as `models.resolve_backend` takes it.
+    plan: known, measure or a name, as `models.set_backend` takes it.
 
     Parameters and buffers are the same tensors under the same state_dict keys, so optimisers,
     checkpoints and an exponential average of the weights go on as before. Fused activations become
@@ -154,8 +163,9 @@ def fuse(model: nn.Module, backend: str = "auto") -> nn.Module:
     after it they would put norms without activations in place of ours.
 
     Raises BackendUnavailable when compile or triton is demanded and cannot run; ValueError for
-    another backend. The model is then unchanged.
+    another backend or plan. The model is then unchanged.
     """
+    check_plan(plan)
     if backend not in ("auto", "eager", "compile", "triton"):
         raise ValueError(f"unknown backend {backend!r}: choose auto, eager, compile or triton")
     chosen = resolve_backend(backend, _device(model))
@@ -164,7 +174,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> nn.Module:
             owner = model.get_submodule(place.name)
             (_fuse_stem if _type_name(owner) in NETWORKS else _fuse_block)(owner)
     if _units(model):
-        set_backend(model, chosen.name)
+        set_backend(model, chosen.name, plan)
     return model
 
 

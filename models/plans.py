@@ -1,5 +1,8 @@
 """Which plan each block of the trunk runs on: measured on the GPU at hand, remembered, and checked
-for the very shapes before it counts. Where nothing can be measured it is the baseline.
+for the very shapes before it counts. Where nothing is known it is the baseline.
+
+Measuring compiles every candidate for every distinct block, minutes on a first run: it is done
+where it is asked for (`set_backend(model, "triton", plan="measure")`, or a run long enough).
 
 A block is measured alone, forward and backward together, as it stands between its neighbours: what
 it hands back is already masked and summed for the block before, whoever computes that.
@@ -47,21 +50,27 @@ def site_of(block: Block, shape: Shape) -> tuple[Site, Shape]:
     return site, (n, block.convs[-1].weight.shape[0], h, w)
 
 
-def choose_plans(sites: Sequence[Site], device: torch.device) -> list[str]:
-    """The name of the plan of every site on `device`; measures on a GPU what is not yet known."""
+def choose_plans(sites: Sequence[Site], device: torch.device, measure: bool) -> list[str]:
+    """The name of the plan of every site on `device`: remembered or shipped, or, where `measure`
+    asks for it, measured; else the baseline. With PyTorch's deterministic algorithms only what is
+    shipped counts."""
     if device.type != "cuda":
         return [BASELINE] * len(sites)
     deterministic = torch.are_deterministic_algorithms_enabled()
     distinct = tuple(dict.fromkeys(sites))
-    chosen = dict(zip(distinct, _chosen(distinct, device, deterministic), strict=True))
+    names = _chosen(distinct, device, measure, deterministic)
+    chosen = dict(zip(distinct, names, strict=True))
     return [chosen[site] for site in sites]
 
 
 @cache  # asked at every step
-def _chosen(sites: tuple[Site, ...], device: torch.device, deterministic: bool) -> tuple[str, ...]:
+def _chosen(
+    sites: tuple[Site, ...], device: torch.device, measure: bool, deterministic: bool
+) -> tuple[str, ...]:
     jobs = [job_for(site, device) for site in sites]
     with torch.autocast(device.type, enabled=False), torch.enable_grad():
-        return tuple(choice.winner for choice in choose(jobs, deterministic=deterministic))
+        choices = choose(jobs, measure=measure, deterministic=deterministic)
+    return tuple(choice.winner for choice in choices)
 
 
 def job_for(site: Site, device: torch.device) -> Job:

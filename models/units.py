@@ -19,12 +19,27 @@ from kernels.bn_stats import track
 from models import compiled, plans, trunk
 
 
-def set_backend(model: nn.Module, backend: str) -> nn.Module:
-    """Make every unit of `model` run on `backend` (eager, compile or triton); returns the model."""
+def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Module:
+    """Make every unit of `model` run on `backend` (eager, compile or triton); returns the model.
+
+    plan: how triton's blocks are trained: `known` takes what was measured before on this GPU and
+        what is shipped for it, `measure` measures what is not known, a name of `trunk.PLANS`
+        demands that plan.
+    """
+    check_plan(plan)
     for module in model.modules():
         if isinstance(module, BatchNormAct):
             module.backend = backend
+        elif hasattr(module, "chain"):
+            module.plan = plan
     return model
+
+
+def check_plan(plan: str) -> None:
+    """Raise ValueError unless `plan` is one that `set_backend` takes."""
+    known = ("known", "measure", *trunk.PLANS)
+    if plan not in known:
+        raise ValueError(f"unknown plan {plan!r}: choose one of {', '.join(known)}")
 
 
 def hooked(module: nn.Module) -> bool:
@@ -289,16 +304,15 @@ def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[i
 def _planned(
     blocks: Sequence[nn.Module], described: list[trunk.Block], x: Tensor
 ) -> list[trunk.Block]:
-    """The blocks on their plans: the one that a block's `plan` names, else the measured one."""
+    """The blocks on their plans: each the one that its `plan` names, or that is found for it."""
     sites, shape = [], tuple(x.shape)
     for block in described:
         site, shape = plans.site_of(block, shape)
         sites.append(site)
-    if all(block.plan for block in blocks):
-        names = [block.plan for block in blocks]
-    else:
-        chosen = plans.choose_plans(sites, x.device)
-        names = [block.plan or name for block, name in zip(blocks, chosen, strict=True)]
+    names = [block.plan for block in blocks]
+    if not all(name in trunk.PLANS for name in names):
+        found = plans.choose_plans(sites, x.device, measure="measure" in names)
+        names = [n if n in trunk.PLANS else other for n, other in zip(names, found, strict=True)]
     return [
         block._replace(plan=trunk.PLANS[name]) for block, name in zip(described, names, strict=True)
     ]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import models
 from kernels import timing
+from models.trunk import PLANS
 from profiling import agree, rows
 
 CLASSES = 1000
@@ -103,10 +104,11 @@ def peer_model(name: str) -> nn.Module:
     return models.build_model(name, num_classes=CLASSES, backend="eager")
 
 
-def our_model(name: str, device: torch.device) -> nn.Module:
+def our_model(name: str, device: torch.device, plan: str) -> nn.Module:
     """Our model on the kernels; on a CPU on the path that `--fused` takes there."""
     backend = models.resolve_backend("triton" if device.type == "cuda" else "auto", device)
-    return models.build_model(name, num_classes=CLASSES, backend=backend.name)
+    model = models.build_model(name, num_classes=CLASSES)
+    return models.set_backend(model, backend.name, plan)
 
 
 def _runner(
@@ -116,15 +118,18 @@ def _runner(
     channels_last: bool = True,
     compile_mode: str | None = None,
     captured: bool = False,
-    ours: bool = False,
+    plan: str | None = None,
 ) -> Runner:
+    """`plan` says that the model is ours, and how its blocks are trained."""
     cuda = job.device.type == "cuda"
     if captured and not cuda:
         raise Unavailable("a CUDA graph needs a CUDA device")
     if compile_mode not in (None, "default") and not cuda:
         raise Unavailable(f"torch.compile's {compile_mode} differs from default only on CUDA")
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = our_model(job.model, job.device) if ours else peer_model(job.model)
+    if plan in PLANS and (not cuda or job.mode != "train"):
+        raise Unavailable("plans differ in training on CUDA only")
+    model = peer_model(job.model) if plan is None else our_model(job.model, job.device, plan)
     model.load_state_dict(job.state)
     model = model.to(job.device, memory_format=layout).train(job.mode == "train")
     images = job.images.to(torch.bfloat16 if amp else torch.float32)
@@ -200,11 +205,31 @@ def compile_max_autotune(job: Job) -> Runner:
 
 
 def ours(job: Job) -> Runner:
-    return _runner(job, ours=True)
+    return _runner(job, plan="known")
 
 
 def ours_graph(job: Job) -> Runner:
-    return _runner(job, ours=True, captured=True)
+    return _runner(job, plan="known", captured=True)
+
+
+def ours_graph_measured(job: Job) -> Runner:
+    """Every block on the plan that is fastest here; the first step measures what is not known."""
+    return _runner(job, plan="measure", captured=True)
+
+
+def ours_graph_p1(job: Job) -> Runner:
+    """The library's convolutions, our passes over memory."""
+    return _runner(job, plan="P1", captured=True)
+
+
+def ours_graph_p3(job: Job) -> Runner:
+    """Our convolutions, which do the work of the passes in their epilogues."""
+    return _runner(job, plan="P3", captured=True)
+
+
+def ours_graph_p4(job: Job) -> Runner:
+    """The same with prologues."""
+    return _runner(job, plan="P4", captured=True)
 
 
 Provider = Callable[[Job], Runner]
@@ -216,6 +241,10 @@ PROVIDERS: tuple[Provider, ...] = (
     eager_amp_channels_last_graph,
     ours,
     ours_graph,
+    ours_graph_p1,
+    ours_graph_p3,
+    ours_graph_p4,
+    ours_graph_measured,
     compile_default,
     compile_reduce_overhead,
     compile_max_autotune,

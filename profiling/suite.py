@@ -81,6 +81,10 @@ def steps(settings: Settings) -> list[Step]:
         for mode in ("train", "infer")
         for batch in dict.fromkeys((small, large))
     ]
+    planned = [
+        _speed(settings, 0.3, "train", batch, "ours_graph_p1,ours_graph_p3,ours_graph_p4")
+        for batch in dict.fromkeys((large, small))
+    ]
     rooms = [
         _rooms(settings, 0.2, "rooms", names, small, "reference,fused"),
         _rooms(settings, 0.1, "cudnn", ["cudnn"], small, "reference"),
@@ -90,6 +94,7 @@ def steps(settings: Settings) -> list[Step]:
         Step("roofs", 0.1, {"roofs": ["-m", "profiling.roofline", "--out", str(settings.out)]}),
         Step("numerics", 0.3, {name: _numerics(name, small, settings) for name in names}),
         *headline,
+        *planned,
         *compiled[:2],
         *rooms,
         *plain,

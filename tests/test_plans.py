@@ -75,7 +75,7 @@ def test_a_wrong_plan_is_refused_though_it_is_fastest(fault, tmp_path, monkeypat
 def test_without_a_gpu_nothing_is_measured(monkeypatch):
     monkeypatch.setattr(plans, "choose", None)
     sites = [(*IDENTITY, torch.bfloat16), (*SHORTCUT, torch.bfloat16)]
-    assert choose_plans(sites, CPU) == ["P1", "P1"]
+    assert choose_plans(sites, CPU, measure=True) == ["P1", "P1"]
 
 
 def test_sites_of_a_network(monkeypatch):

@@ -17,7 +17,7 @@ TINY = ("--model", "micro_resnet", "--image-size", "32")
 
 @pytest.fixture(autouse=True)
 def _ours_without_compiling(monkeypatch):
-    def eager(name, device):
+    def eager(name, device, plan):
         return models.build_model(name, num_classes=speed.CLASSES, backend="eager")
 
     if not torch.cuda.is_available():
