@@ -19,8 +19,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ import kernels
 from kernels import launch
 from kernels.spec import KernelSpec, Shape
 from profiling.roofline import ARCHS, H200, Arch, blocks_per_multiprocessor, floor_us
+from profiling.rows import read
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (32, 256)
+RESULTS = Path(__file__).resolve().parent / "results"
+CARDS = {"H100": "sm_90", "H200": "sm_90", "A100": "sm_80", "B200": "sm_100"}
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDL", "STL")
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA")
 
@@ -43,7 +47,9 @@ class Row:
     """One distinct program: a kernel of a room, compiled for an architecture, a dtype and a shape
     (at the smallest batch that runs it).
 
-    waves: how often the multiprocessors are filled, at batch 32 and 256. flops, bytes, floor_us:
+    waves: how often the multiprocessors are filled, at batch 32 and 256. predicted_us, of a matrix
+    product: the floor at these batches, drawn out to whole waves; measured_us: what the room took
+    on a GPU of this architecture, from `profiling/results`. flops, bytes, floor_us:
     of the room's whole forward and backward, on the roofs measured on an H200.
     """
 
@@ -59,6 +65,8 @@ class Row:
     instructions: dict[str, int]
     occupancy: float
     waves: dict[str, float]
+    predicted_us: dict[str, float]
+    measured_us: dict[str, float]
     flops: float
     bytes: float
     floor_us: float
@@ -250,6 +258,8 @@ def row_of(program: Program, found: dict[str, Any]) -> Row:
         instructions=counts,
         occupancy=round(blocks * warps / arch.warps, 3),
         waves={str(batch): round(n / resident, 2) for batch, n in program.instances.items()},
+        predicted_us=_predicted(program, resident) if found["multiplies"] else {},
+        measured_us=_measured(program),
         **_cost(spec, program.shape, program.dtype),
         fault="; ".join(faults),
     )
@@ -261,7 +271,47 @@ def _faulty(
     blank = {"registers": 0, "spills": 0, "shared_bytes": 0, "instructions": {}, "occupancy": 0.0}
     place = {"room": spec.name, "kernel": kernel, "arch": arch, "dtype": _short(dtype)}
     cost = _cost(spec, shape, dtype)
-    return Row(**place, shape=shape, options="", **blank, waves={}, **cost, fault=fault)
+    times = {"waves": {}, "predicted_us": {}, "measured_us": {}}
+    return Row(**place, shape=shape, options="", **blank, **times, **cost, fault=fault)
+
+
+def _predicted(program: Program, resident: int) -> dict[str, float]:
+    """The room's floor at each batch, times what its last, partly filled wave costs."""
+    predicted = {}
+    for batch, instances in program.instances.items():
+        cost = program.spec.cost(at_batch(program.shape, batch), program.dtype.itemsize)
+        floor = sum(floor_us(one, H200) for one in cost.values())
+        predicted[str(batch)] = round(floor * ceil(instances / resident) * resident / instances, 1)
+    return predicted
+
+
+def _measured(program: Program) -> dict[str, float]:
+    """Microseconds of the room's forward and backward at each batch, where there are results."""
+    found = {}
+    for batch in program.instances:
+        shape = "x".join(map(str, at_batch(program.shape, batch)))
+        key = (program.spec.name, shape, _short(program.dtype), program.task.arch)
+        if key in _results():
+            found[str(batch)] = round(_results()[key], 1)
+    return found
+
+
+@cache
+def _results() -> dict[tuple[str, str, str, str], float]:
+    """Microseconds of our kernels by room, shape, dtype and architecture, passes together; of
+    several measurements the last."""
+    last = {}
+    for path in sorted(RESULTS.glob("*/results.csv")):
+        for row in read(path):
+            arch = next((a for name, a in CARDS.items() if name in row["device"]), None)
+            if row["provider"] == "fused" and row["numerics"] == "ok" and arch:
+                us = float(row["us_per_image"]) * int(row["batch"])
+                key = (row["model"], row["shape"], row["dtype"], arch)
+                last[(*key, row["mode"])] = us
+    summed: dict[tuple[str, str, str, str], float] = {}
+    for (*key, _), us in last.items():
+        summed[tuple(key)] = summed.get(tuple(key), 0.0) + us
+    return summed
 
 
 def _cost(spec: KernelSpec, shape: Shape, dtype: torch.dtype) -> dict[str, float]:
@@ -318,7 +368,8 @@ def _progress(done: int, total: int, name: str) -> None:
 def table(rows: list[Row]) -> str:
     """One line a row."""
     heads = ("room", "kernel", "arch", "dtype", "shape", "regs", "spills", "shared", "occ",
-             "waves", "floor us", "instructions", "options", "fault")  # fmt: skip
+             "waves", "floor us", "predicted us", "measured us", "instructions", "options",
+             "fault")  # fmt: skip
     cells = [heads]
     for row in rows:
         cells.append(
@@ -332,8 +383,10 @@ def table(rows: list[Row]) -> str:
                 str(row.spills),
                 str(row.shared_bytes),
                 f"{row.occupancy:.2f}",
-                " ".join(f"{batch}:{waves:g}" for batch, waves in row.waves.items()),
+                _by_batch(row.waves),
                 f"{row.floor_us:.1f}",
+                _by_batch(row.predicted_us),
+                _by_batch(row.measured_us),
                 " ".join(f"{name}:{count}" for name, count in row.instructions.items()),
                 row.options,
                 row.fault,
@@ -342,6 +395,10 @@ def table(rows: list[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
     return "\n".join(lines)
+
+
+def _by_batch(values: dict[str, float]) -> str:
+    return " ".join(f"{batch}:{value:g}" for batch, value in values.items())
 
 
 def main(argv: list[str] | None = None) -> int:

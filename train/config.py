@@ -83,6 +83,8 @@ class OptimConfig:
     """Learning rate over time; step divides by 10 at 60 % and 85 %, cyclic makes 4 triangles."""
     label_smoothing: float = 0.1
     """Share of each target spread over all classes."""
+    clip_grad: float = 0.0
+    """Most the norm of all gradients together may be before they are scaled down; 0 is off."""
     ema: float = 0.995
     """Decay of the moving average of the weights that is evaluated and kept; 0 is off."""
 
@@ -197,6 +199,7 @@ def check(config: Config) -> None:
         ("--weight-decay", optim.weight_decay, None),
         ("--momentum", optim.momentum, 1),
         ("--label-smoothing", optim.label_smoothing, 1),
+        ("--clip-grad", optim.clip_grad, None),
         ("--ema", optim.ema, 1),
         ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),

@@ -1,39 +1,95 @@
-"""CUDA graphs for the training step: the model's forward and backward become one launch each.
+"""CUDA graphs for the training step: all it launches becomes one launch.
 
 At small batches the host needs longer to launch hundreds of kernels than the GPU to run them.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
+
+from train.step import TrainingStep
+
+WARM_UP = 3  # runs before a capture: libraries load, kernels compile, algorithms are chosen
 
 
-def graphed_forward(
-    model: nn.Module, images: Tensor, amp_dtype: torch.dtype | None
-) -> Callable[[Tensor], Tensor]:
-    """model(images) in training mode, replayed for batches of the shape and dtype of `images`.
+class CudaGraph:
+    """What a function launches, recorded to be launched again at once."""
 
-    Other batches, such as the last of an epoch, run as they would without a graph. Capturing runs
-    the model a few times on `images`; weights, buffers and the random state are as before.
-    Raises RuntimeError when something in the model cannot be captured.
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+
+    def record(self, function: Callable[[], Tensor]) -> Tensor:
+        """Run `function` a few times, then capture it; returns the tensor each replay fills.
+
+        Raises RuntimeError when something in it cannot be captured.
+        """
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        try:
+            # entered here too: a capture that fails does not bring the old stream back
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    function()
+                # the threads of a loader pin memory meanwhile, which is no part of the capture
+                with torch.cuda.graph(self.graph, stream=aside, capture_error_mode="thread_local"):
+                    return function()
+        finally:
+            here.wait_stream(aside)
+
+    def replay(self) -> None:
+        """Launch what was recorded, on the current stream."""
+        self.graph.replay()
+
+
+class CapturedStep:
+    """A training step that is replayed from a graph, captured at its first batch.
+
+    Batches of another shape, such as the last of an epoch, run through the step itself, and so do
+    all when it cannot be captured: `reason` then says why, as one warning does.
     """
-    # the capture's stream is not the one gradients are accumulated on; nothing waits for it
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    random_state = torch.cuda.get_rng_state(images.device)
-    try:
-        # inside a capture a cached cast of the weights would outlive the memory it stands in
-        with torch.autocast("cuda", amp_dtype, amp_dtype is not None, cache_enabled=False):
-            torch.cuda.make_graphed_callables(model, (images.clone(),))
-        replay = model.forward
-    finally:
-        model.__dict__.pop("forward", None)  # evaluation and other shapes keep the plain one
-        model.load_state_dict(state)
-        torch.cuda.set_rng_state(random_state, images.device)
-    captured = (images.shape, images.dtype)
 
-    def forward(batch: Tensor) -> Tensor:
-        return replay(batch) if (batch.shape, batch.dtype) == captured else model(batch)
+    def __init__(self, step: TrainingStep, graph: CudaGraph | None = None):
+        self.step = step
+        self.graph = graph or CudaGraph()
+        self.reason: str | None = None
+        self._inputs: list[Tensor] | None = None
 
-    return forward
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """As the step, whose inputs these are; the next call overwrites what it returns."""
+        if self._inputs is None and self.reason is None:
+            self._capture(inputs)
+        if self._inputs is None or not _alike(self._inputs, inputs):
+            return self.step(*inputs)
+        for static, value in zip(self._inputs, inputs, strict=True):
+            static.copy_(value)
+        self.graph.replay()
+        return self._outcome
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        """Record the step on copies of `inputs`; what it changes is as before, random state too."""
+        tqdm.write("compiling the kernels and capturing the step: up to half a minute, once")
+        tensors = self.step.tensors()
+        before = [tensor.clone() for tensor in tensors]
+        static = [value.clone() for value in inputs]
+        device = self.step.device
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                self._outcome = self.graph.record(lambda: self.step(*static))
+            self._inputs = static
+        except RuntimeError as error:
+            # the end of a failed capture fails as well, and says less
+            self.reason = str(error.__context__ or error).split("\n")[0]
+            message = f"no CUDA graph ({self.reason}): every kernel is launched"
+            warnings.warn(message, stacklevel=3)
+        finally:
+            # one that failed half way has left gradients
+            self.step.optimizer.zero_grad(set_to_none=True)
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
+def _alike(first: list[Tensor], second: tuple[Tensor, ...]) -> bool:
+    return [(t.shape, t.dtype) for t in first] == [(t.shape, t.dtype) for t in second]

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from train.config import Config
 from train.data import Photos, Split, limit_photos, load_images, open_photos, split_photos
 from train.data.loader import Loader
+from train.data.resident import ResidentLoader, upload
 from train.environment import default_workers
 from train.errors import CheckpointError
 
@@ -61,32 +63,56 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(images, photos, split)
 
 
+def resident_pixels(
+    inputs: Inputs, device: torch.device, backend: str
+) -> tuple[torch.Tensor | None, str]:
+    """The pixels on the GPU, for batches to be made there; None, and why, where that cannot be.
+
+    The size decides, not what happens to be free: a resumed run makes its batches the same way.
+    """
+    if backend != "triton":
+        return None, f"the backend {backend} does not use the kernels"
+    size, memory = inputs.images.nbytes, torch.cuda.get_device_properties(device).total_memory
+    if 3 * size > memory:
+        gigabytes = f"{size / 1e9:.1f} GB is more than a third of the GPU's {memory / 1e9:.1f} GB"
+        return None, f"the photos' {gigabytes}"
+    try:
+        return upload(inputs.images, device), f"{size / 1e9:.2f} GB of pixels stay there"
+    except torch.OutOfMemoryError:
+        return None, f"the GPU has no {size / 1e9:.1f} GB free for the photos"
+
+
 def make_loaders(
-    inputs: Inputs, config: Config, dtype: torch.dtype, device: torch.device
-) -> tuple[Loader, Loader | None]:
-    """The training loader, and that of the validation photos unless there are none."""
-    data, split, labels = config.data, inputs.split, inputs.photos.labels
+    inputs: Inputs,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    pixels: torch.Tensor | None = None,
+) -> tuple[Loader | ResidentLoader, Loader | ResidentLoader | None]:
+    """The training loader, and that of the validation photos unless there are none.
+
+    pixels: those of `inputs` on the GPU, from `resident_pixels`; without them threads prepare the
+    batches.
+    """
+    data, split = config.data, inputs.split
     options = {
         "image_size": data.image_size,
         "seed": config.run.seed,
         "dtype": dtype,
         "channels_last": config.run.channels_last,
-        "workers": data.workers if data.workers is not None else default_workers(device),
-        "device": device,
     }
-    train = Loader(
-        inputs.images,
-        labels,
-        split.train,
-        batch_size=config.optim.batch_size,
-        augment=data.augment,
-        shuffle=True,
-        **options,
+    if pixels is None:
+        workers = data.workers if data.workers is not None else default_workers(device)
+        make = partial(Loader, inputs.images, workers=workers, device=device, **options)
+    else:
+        make = partial(ResidentLoader, pixels, **options)
+    labels, sizes = inputs.photos.labels, config.optim
+    train = make(
+        labels, split.train, batch_size=sizes.batch_size, augment=data.augment, shuffle=True
     )
     if not len(split.val):
         return train, None
-    size = config.optim.val_batch_size
-    return train, Loader(inputs.images, labels, split.val, batch_size=size, **options)
+    return train, make(labels, split.val, batch_size=sizes.val_batch_size)
 
 
 def check_same_data(state: dict[str, Any], inputs: Inputs) -> None:

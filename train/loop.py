@@ -1,189 +1,40 @@
-"""The training loop: one fenced training step; everything else that happens is a listener."""
+"""The training loop: it feeds the training step; everything else that happens is a listener."""
 
 import contextlib
+import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from train.config import OptimConfig
-from train.data.augment import mixup
-from train.data.loader import Batch, Loader
-from train.errors import LapisError
-from train.graphs import graphed_forward
-from train.optim import WeightAverage, build_optimizer, build_schedule
+from train.data.loader import Loader
+from train.data.resident import ResidentLoader
+from train.training import Step, Training, Underway
 
-
-class NonFiniteLoss(LapisError):
-    """The loss of a step was NaN or infinite; `indices` are the rows of its images."""
-
-    exit_code = 5
-
-    def __init__(self, epoch: int, step: int, indices: Tensor):
-        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}")
-        self.indices = indices.tolist()
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a listener learns of a finished step; the tensors are 0-dimensional, on the device."""
-
-    number: int
-    images: int
-    loss: Tensor
-    correct: Tensor
+LATE = 4  # steps a GPU may be behind the host before the host waits for it
 
 
 class Listener:
-    """What happens around the steps; override what you need."""
+    """What happens around the steps; override what you need.
+
+    A GPU's `step_ended` comes some steps late, so that the host need not wait for it.
+    """
 
     def epoch_started(self, epoch: int, steps: int) -> None: ...
 
     def step_ended(self, step: Step) -> None: ...
 
-    def epoch_ended(self, training: "Training", record: dict[str, Any]) -> None: ...
-
-
-class Training:
-    """Everything that changes while a run trains: what a checkpoint holds.
-
-    model: on its device already. total_steps: steps of the whole run, for the schedule.
-    amp_dtype: bfloat16, float16 or None for full precision. cuda_graph: replay forward and backward
-        from a CUDA graph, captured at the first step.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: OptimConfig,
-        *,
-        total_steps: int,
-        amp_dtype: torch.dtype | None,
-        mixup_alpha: float = 0.0,
-        seed: int = 0,
-        cuda_graph: bool = False,
-    ):
-        self.model = model
-        self.forward: Callable[[Tensor], Tensor] | None = None if cuda_graph else model
-        self.config = config
-        self.device = next(model.parameters()).device
-        self.amp_dtype = amp_dtype
-        self.mixup_alpha = mixup_alpha
-        self.seed = seed
-        self.optimizer = build_optimizer(model, config)
-        self.schedule = build_schedule(self.optimizer, config, total_steps)
-        self.scaler = torch.amp.GradScaler(
-            self.device.type, enabled=amp_dtype == torch.float16, init_scale=2.0**14
-        )
-        self.average = WeightAverage(model, config.ema) if config.ema else None
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """Mixed precision for a forward pass, or nothing when it is off."""
-        if self.amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.amp_dtype)
-
-    def train_step(self, batch: Batch, epoch: int, number: int) -> Step:
-        """One update of the weights from one batch."""
-        self.model.train()
-        lam, permutation = mixup(
-            len(batch.labels), self.mixup_alpha, seed=self.seed, epoch=epoch, batch=number
-        )
-        images, labels, others = batch.images, batch.labels, None
-        if lam < 1.0:
-            permutation = torch.from_numpy(permutation).to(self.device)
-            images, others = images.lerp(images[permutation], 1.0 - lam), labels[permutation]
-
-        if self.forward is None:
-            self.forward = self._capture(images)
-
-        # ---- the training step ------------------------------------------------------------------
-        with self.autocast():
-            logits = self.forward(images)
-        loss = self.loss(logits, labels)
-        if others is not None:
-            loss = lam * loss + (1.0 - lam) * self.loss(logits, others)
-        self.scaler.scale(loss).backward()
-        # without a scaler a bad loss would reach the weights; the scaler skips such a step itself
-        if not self.scaler.is_enabled() and not torch.isfinite(loss):
-            raise NonFiniteLoss(epoch, number, batch.indices)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        if self.average is not None:
-            self.average.update(self.model)
-        # ------------------------------------------------------------------------------------------
-
-        with torch.no_grad():
-            predicted = logits.argmax(1)
-            correct = (predicted == labels).sum()
-            if others is not None:
-                correct = lam * correct + (1.0 - lam) * (predicted == others).sum()
-        return Step(number, len(labels), loss.detach(), correct)
-
-    def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
-        tqdm.write("compiling the kernels and capturing the step: up to half a minute, once")
-        try:
-            return graphed_forward(self.model, images, self.amp_dtype)
-        except RuntimeError as error:
-            reason = str(error).split("\n")[0]
-            warnings.warn(f"no CUDA graph ({reason}): every kernel is launched", stacklevel=2)
-            return self.model
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in float32. logits [N, K], labels int64 [N]."""
-        smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights to use: the moving average where there is one."""
-        return self.model.state_dict() if self.average is None else self.average.state
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and primitives from which `restore` continues exactly."""
-        return {
-            "weights": self.weights(),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "average_updates": 0 if self.average is None else self.average.updates,
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-            "history": self.history,
-            "best": self.best,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned. Raises RuntimeError when the model is another."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            for name, value in self.average.state.items():
-                value.copy_(state["weights"][name])
-            self.average.updates = state["average_updates"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        self.history = state["history"]
-        self.best = state["best"]
+    def epoch_ended(self, training: Training, record: dict[str, Any]) -> None: ...
 
 
 def fit(
     training: Training,
-    train_loader: Loader,
-    val_loader: Loader | None,
+    train_loader: Loader | ResidentLoader,
+    val_loader: Loader | ResidentLoader | None,
     num_classes: int,
     listeners: Sequence[Listener],
 ) -> None:
@@ -207,25 +58,49 @@ def fit(
 
 
 def train_epoch(
-    training: Training, loader: Loader, epoch: int, listeners: Sequence[Listener]
+    training: Training,
+    loader: Loader | ResidentLoader,
+    epoch: int,
+    listeners: Sequence[Listener],
 ) -> dict[str, Any]:
     """All steps of one epoch; the epoch's mean loss, accuracy, learning rate and speed."""
     started = time.perf_counter()
-    loss = torch.zeros((), dtype=torch.float64, device=training.device)
-    correct = torch.zeros((), dtype=torch.float64, device=training.device)
-    images = 0
-    learning_rate = training.schedule.get_last_lr()[0]
-    for number, batch in enumerate(loader.epoch(epoch), start=1):
-        step = training.train_step(batch, epoch, number)
-        loss += step.loss * step.images
-        correct += step.correct
+    learning_rate = training.learning_rate()
+    training.model.train()
+    images = counted = skipped = 0
+    loss = correct = 0.0
+    for step in finished_steps(training, loader, epoch):
         images += step.images
+        skipped += step.skipped
+        if math.isfinite(step.loss):
+            counted += step.images
+            loss += step.loss * step.images
+            correct += step.correct
         for listener in listeners:
             listener.step_ended(step)
-    record = {"train_loss": loss.item() / images, "train_accuracy": correct.item() / images}
     seconds = time.perf_counter() - started
-    speed = {"images_per_second": images / seconds, "seconds": seconds}
-    return {**record, "learning_rate": learning_rate, **speed}
+    return {
+        "train_loss": loss / counted if counted else math.nan,
+        "train_accuracy": correct / counted if counted else math.nan,
+        "skipped_steps": skipped,
+        "learning_rate": learning_rate,
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+    }
+
+
+def finished_steps(
+    training: Training, loader: Loader | ResidentLoader, epoch: int
+) -> Iterator[Step]:
+    """The steps of one epoch as they finish. Raises NonFiniteLoss."""
+    late = LATE if training.device.type == "cuda" else 0
+    underway: deque[Underway] = deque()
+    for number, batch in enumerate(loader.epoch(epoch), start=1):
+        underway.append(training.train_step(batch, epoch, number))
+        if len(underway) > late:
+            yield training.finish(underway.popleft())
+    while underway:
+        yield training.finish(underway.popleft())
 
 
 @contextlib.contextmanager
@@ -245,7 +120,7 @@ def evaluating(training: Training) -> Iterator[nn.Module]:
 
 @torch.inference_mode()
 def evaluate(
-    training: Training, model: nn.Module, loader: Loader, num_classes: int
+    training: Training, model: nn.Module, loader: Loader | ResidentLoader, num_classes: int
 ) -> tuple[float, Tensor]:
     """Mean cross-entropy (without smoothing) and counts int64 [true class, predicted class]."""
     total = torch.zeros((), dtype=torch.float64, device=training.device)

@@ -1,21 +1,23 @@
-"""Optimizers, learning-rate schedules and the moving average of weights."""
+"""Optimizers, learning-rate schedules, the moving average of weights and the scaling of losses.
+
+What changes from step to step is in tensors, and `skip` (float32 [], 1 or 0) makes an update of any
+of them a no-op, so that a CUDA graph can hold the whole step.
+"""
+
+import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    CyclicLR,
-    LRScheduler,
-    MultiStepLR,
-    OneCycleLR,
-)
+from torch import Tensor, nn
 
 from train.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW; weight decay reaches matrices and filters, not biases and normalisation."""
+def build_optimizer(model: nn.Module, config: OptimConfig, rate: Tensor) -> torch.optim.Optimizer:
+    """SGD or AdamW; weight decay reaches matrices and filters, not biases and normalisation.
+
+    rate: float32 [], where the parameters are; every step reads its learning rate there.
+    """
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -23,60 +25,115 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": others, "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    return torch.optim.SGD(
-        groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
-    )
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int
-) -> LRScheduler:
-    """The learning rate of each of `total_steps` steps; step the schedule after every update."""
-    if config.schedule == "onecycle" and total_steps > 1:
-        return OneCycleLR(
-            optimizer, max_lr=config.lr, total_steps=total_steps, cycle_momentum=False
+        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, capturable=True)
+        slots = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
-    if config.schedule == "cosine":
-        return CosineAnnealingLR(optimizer, T_max=total_steps)
+        slots = ("momentum_buffer",) if config.momentum else ()
+    # made here, not by the first step: if that is skipped, SGD leaves its momentum uninitialised
+    for p in model.parameters():
+        optimizer.state[p] = {slot: torch.zeros_like(p, requires_grad=False) for slot in slots}
+        if config.optimizer == "adamw":
+            optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+    return optimizer
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate of step 0 <= step < total_steps of a run."""
+    peak = config.lr
+    if config.schedule == "cosine":  # Loshchilov and Hutter 2017
+        return _cosine(peak, 0.0, step / total_steps)
+    if config.schedule == "onecycle" and total_steps > 1:  # Smith and Topin 2018
+        top, last = 0.3 * total_steps - 1, total_steps - 1
+        if step <= top:
+            return _cosine(peak / 25, peak, step / top)
+        return _cosine(peak, peak / 25e4, (step - top) / (last - top))
     if config.schedule == "step":
-        milestones = [round(0.6 * total_steps), round(0.85 * total_steps)]
-        return MultiStepLR(optimizer, milestones, gamma=0.1)
-    if config.schedule == "cyclic":
-        half = max(1, total_steps // 8)  # four triangles (Smith 2017)
-        return CyclicLR(
-            optimizer,
-            base_lr=config.lr / 10,
-            max_lr=config.lr,
-            step_size_up=half,
-            cycle_momentum=False,
-        )
-    return ConstantLR(optimizer, factor=1.0, total_iters=0)
+        milestones = (round(0.6 * total_steps), round(0.85 * total_steps))
+        return peak * 0.1 ** sum(step >= milestone for milestone in milestones)
+    if config.schedule == "cyclic":  # four triangles (Smith 2017)
+        half = max(1, total_steps // 8)
+        height = 1 - abs(step % (2 * half) / half - 1)
+        return peak * (0.1 + 0.9 * height)
+    return peak
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 class WeightAverage:
     """Exponential moving average of a model's parameters and buffers (Polyak and Juditsky 1992).
 
-    The decay warms up as (1 + n) / (10 + n) after n updates, so that early weights are forgotten.
+    The decay warms up as (1 + n) / (10 + n) after n steps, so that early weights are forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        weights = model.state_dict()  # shares the model's memory, whatever it holds later
         self.decay = decay
-        self.updates = 0
-        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.state = {name: value.clone() for name, value in weights.items()}
+        pairs = [(value, weights[name]) for name, value in self.state.items()]
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._share = torch.zeros((), device=pairs[0][0].device)
 
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of `model`."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = model.state_dict()
-        floats = [name for name, value in self.state.items() if value.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.state[name] for name in floats],
-            [current[name].detach() for name in floats],
-            1.0 - decay,
+    def prepare(self, steps: int) -> None:
+        """Set the decay that `update` uses in step number `steps`, counted from 1."""
+        self._share.fill_(1.0 - min(self.decay, (1 + steps) / (10 + steps)))
+
+    def update(self, skip: Tensor) -> None:
+        """Move the average towards the model's weights."""
+        # a + share (w - a) is a step of SGD down |a - w|^2 / 2, whose gradient is a ("weight
+        # decay") - w ("maximize"): one pass that takes its rate, and `skip`, from tensors
+        average, weights = zip(*self._floats, strict=True)
+        torch._fused_sgd_(
+            average,
+            weights,
+            [],
+            lr=self._share,
+            weight_decay=1.0,
+            maximize=True,
+            momentum=0.0,
+            dampening=0.0,
+            nesterov=False,
+            is_first_step=False,
+            found_inf=skip,
         )
-        for name, value in self.state.items():
-            if not value.is_floating_point():
-                value.copy_(current[name])
+        if self._counts:
+            torch._foreach_copy_(*zip(*self._counts, strict=True))
+
+
+class LossScale:
+    """Scaling of the loss, so that small float16 gradients do not vanish (Micikevicius et al.
+    2018), with the rules and numbers of torch.amp.GradScaler; without `enabled` it only judges.
+
+    It starts at 2^14, halves when a gradient overflows and doubles after 2000 steps without.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.factor = torch.full((), 2.0**14, device=device) if enabled else None
+        self.growth = torch.zeros((), dtype=torch.int32, device=device) if enabled else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What to call backward on."""
+        return loss if self.factor is None else loss * self.factor
+
+    def unscale(self, gradients: Sequence[Tensor], loss: Tensor) -> Tensor:
+        """Divide the gradients by the scale in place; returns `skip`: 1 where the loss, or with
+        scaling a gradient, is not finite."""
+        skip = 1.0 - loss.isfinite().float()
+        if self.factor is not None:
+            inverse = self.factor.reciprocal()
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, skip, inverse)
+        return skip
+
+    def update(self, skip: Tensor) -> None:
+        """Adapt the scale to what `unscale` found."""
+        if self.factor is not None:
+            torch._amp_update_scale_(self.factor, self.growth, skip, 2.0, 0.5, 2000)
+
+    def tensors(self) -> list[Tensor]:
+        """What a step changes."""
+        return [] if self.factor is None else [self.factor, self.growth]

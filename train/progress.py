@@ -6,7 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from train.loop import Listener, Step, Training
+from train.loop import Listener
+from train.training import Step, Training
 
 
 class Progress(Listener):
@@ -37,7 +38,7 @@ class Progress(Listener):
     def step_ended(self, step: Step) -> None:
         self.images += step.images
         self.bar.update()
-        # reading the loss waits for a GPU, so only when the bar is about to be drawn
+        # not before every drawing of the bar: the text takes longer to make than a short step
         if step.number % max(1, self.epoch_steps // 20) and step.number > 2:
             return
         now = time.perf_counter()
@@ -47,8 +48,8 @@ class Progress(Listener):
         left = (now - self.started) / behind * ahead
         self.bar.set_postfix_str(
             f"{self.images / (now - self.epoch_began):.1f} images/s, "
-            f"loss {step.loss.item():.3f}, "
-            f"accuracy {step.correct.item() / step.images:.0%}, "
+            f"loss {step.loss:.3f}, "
+            f"accuracy {step.correct / step.images:.0%}, "
             f"{tqdm.format_interval(left)} left",
             refresh=False,
         )

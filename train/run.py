@@ -25,11 +25,12 @@ from train.config import RECIPES, Config, check, from_dict, requested_backend, t
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
 from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
-from train.inputs import Inputs, check_same_data, load_inputs, make_loaders
-from train.loop import Listener, NonFiniteLoss, Training, fit
+from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, resident_pixels
+from train.loop import Listener, fit
 from train.progress import Progress
 from train.record import append_jsonl, create_run_folder, write_json
 from train.run_report import write_report
+from train.training import NonFiniteLoss, Training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,8 +112,6 @@ def train(config: Config, command: str) -> dict[str, Any]:
     prepare(config.run)
     inputs = load_inputs(config)
     _announce(inputs)
-    train_loader, val_loader = make_loaders(inputs, config, amp_dtype or torch.float32, device)
-
     resumed = None
     if config.run.resume is not None:
         resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
@@ -128,6 +127,14 @@ def train(config: Config, command: str) -> dict[str, Any]:
         tune_allocator()  # brings 1.06x to 1.16x there even where compiling does not pay
 
     classes = list(inputs.photos.classes)
+    pixels = None
+    if device.type == "cuda":
+        pixels, reason = resident_pixels(inputs, device, backend.name)
+        print(f"batches: made on the {'CPU' if pixels is None else 'GPU'} ({reason})")
+        if pixels is not None and config.data.workers is not None:
+            warnings.warn("--workers has no effect: the GPU makes the batches", stacklevel=1)
+    dtype = amp_dtype or torch.float32
+    train_loader, val_loader = make_loaders(inputs, config, dtype, device, pixels)
     torch.manual_seed(config.run.seed)
     model = _build(config, len(classes), backend, device)
     parameters, trainable = parameter_counts(model)

@@ -25,12 +25,42 @@ class Batch(NamedTuple):
     indices: torch.Tensor
 
 
-class Loader:
-    """Iterates over `images[indices]` in batches, one epoch at a time.
+class BatchOrder:
+    """Which of the rows `indices` each batch of an epoch holds.
 
-    images: uint8 [N, store, store, 3]; labels: int [N]; indices: the rows to use.
     shuffle: a new order each epoch; a last batch of a single image then joins the one before it,
     because batch normalisation cannot train on one. drop_last: leave out a last partial batch.
+    """
+
+    def __init__(
+        self,
+        indices: np.ndarray,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool = False,
+        seed: int = 0,
+    ):
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.bounds = _batch_bounds(len(self.indices), batch_size, drop_last, shuffle)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.bounds)
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The rows of one epoch in order; batch i holds those from bounds[i][0] to bounds[i][1]."""
+        if not self.shuffle:
+            return self.indices
+        return self.indices[order(len(self.indices), self.seed, epoch)]
+
+
+class Loader(BatchOrder):
+    """Iterates over `images[indices]` in batches, one epoch at a time.
+
+    images: uint8 [N, store, store, 3]; labels: int [N]. The order is that of `BatchOrder`.
     workers: threads that prepare batches ahead; 0 prepares each when it is asked for.
     device: where the tensors end up; on CUDA through pinned memory, without waiting.
     """
@@ -56,33 +86,26 @@ class Loader:
             raise UsageError(f"--augment {augment} is unknown: choose {', '.join(AUGMENTS)}.")
         if images.shape[1] < image_size:
             raise ValueError(f"images of {images.shape[1]} px are smaller than {image_size} px")
+        super().__init__(
+            indices, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
+        )
         self.images = images
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-        self.indices = np.asarray(indices, dtype=np.int64)
         self.image_size = image_size
         self.augment = augment
-        self.seed = seed
-        self.shuffle = shuffle
         self.channels_last = channels_last
         self.workers = workers
         self.device = torch.device(device or "cpu")
         self._table = _normalisation_table(dtype)
         self._dtype = dtype
-        self._bounds = _batch_bounds(len(self.indices), batch_size, drop_last, shuffle)
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._bounds)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from number `start` on.
 
         Closing the iterator stops the threads; what a thread raises is raised here.
         """
-        rows = self.indices
-        if self.shuffle:
-            rows = rows[order(len(rows), self.seed, epoch)]
-        chunks = [rows[first:last] for first, last in self._bounds[start:]]
+        rows = self.rows(epoch)
+        chunks = [rows[first:last] for first, last in self.bounds[start:]]
         if not self.workers:
             yield from (self._to_device(self._prepare(chunk, epoch)) for chunk in chunks)
             return

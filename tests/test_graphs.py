@@ -1,0 +1,214 @@
+"""The captured step: static buffers, restoring after the warm-up, other shapes, and fallbacks.
+
+On the CPU a stand-in for the CUDA graph runs the recorded function again on every replay: it shows
+what the wrapper does around a capture, not that a GPU can capture the step. The tests marked `gpu`
+do that."""
+
+import copy
+import math
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import build_model
+from tests.helpers import DEVICE
+from tests.test_step import CLASSES, OPTIM, Batches, equal, micro_resnet, snapshot, steps, training
+from train.graphs import WARM_UP, CapturedStep
+from train.loop import fit, train_epoch
+from train.training import NonFiniteLoss
+
+SIZES = (8, 8, 5, 8, 8, 3, 8, 8)  # of eight batches; two are not of the captured shape
+
+
+class Rerun:
+    """A graph that replays by calling the recorded function again, on whatever its tensors hold."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def record(self, function):
+        for _ in range(WARM_UP):
+            function()
+        self.function, self.outcome = function, function()
+        return self.outcome
+
+    def replay(self):
+        self.replays += 1
+        self.outcome.copy_(self.function())
+
+
+class Refuses:
+    """A graph that fails half way through the step, as a capture does."""
+
+    def record(self, function):
+        function()
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        finally:
+            raise RuntimeError("the capture was invalidated")
+
+
+def captured(graph, config=OPTIM, **options):
+    run = training(config, total=len(SIZES), **options)
+    run.run_step = CapturedStep(run.step, graph)
+    return run
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_captured_steps_are_the_uncaptured_ones(optimizer, dtype):
+    config = replace(OPTIM, optimizer=optimizer, clip_grad=1.0)
+    options = {"amp_dtype": dtype, "mixup_alpha": 0.4}
+    ends = []
+    for graph in (None, Rerun()):
+        model = build_model("micro_resnet", CLASSES, dropout=0.3)
+        model.load_state_dict(micro_resnet().state_dict())
+        torch.manual_seed(7)  # of the dropout
+        run = training(config, total=len(SIZES), model=model, **options)
+        if graph is not None:
+            run.run_step = CapturedStep(run.step, graph)
+        found = steps(run, Batches(SIZES))
+        ends.append((found, snapshot(run)))
+    assert ends[0][0] == ends[1][0]
+    assert equal(ends[0][1], ends[1][1])
+    assert graph.replays == SIZES.count(8)
+
+
+def test_capturing_leaves_everything_as_it_was():
+    class Watching(Rerun):
+        def replay(self):
+            raise InterruptedError
+
+    run = captured(Watching(), model=build_model("micro_resnet", CLASSES, dropout=0.5))
+    before, random_state = snapshot(run), torch.get_rng_state()
+    with pytest.raises(InterruptedError):
+        steps(run, Batches())
+    assert equal(snapshot(run), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_replaying_writes_into_no_batch():
+    """The graph reads its own copies: the first batch, from which they were made, stays too."""
+    batches = Batches()
+    before = [tensor.clone() for batch in batches.batches for tensor in batch]
+    steps(captured(Rerun()), batches)
+    assert equal([tensor for batch in batches.batches for tensor in batch], before)
+
+
+def test_a_step_that_cannot_be_captured_runs_all_the_same():
+    run, plain = captured(Refuses()), training(total=len(SIZES))
+    with pytest.warns(UserWarning, match=r"no CUDA graph \(operation not permitted when .*\)"):
+        found = steps(run, Batches(SIZES))
+    assert run.run_step.reason == "operation not permitted when stream is capturing"
+    assert found == steps(plain, Batches(SIZES))
+    assert equal(snapshot(run), snapshot(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        run.total_steps = 2 * len(SIZES)
+        steps(run, Batches(SIZES), 2)
+
+
+def test_half_a_step_leaves_no_gradients_behind():
+    class Breaks(Rerun):
+        def record(self, function):
+            def broken(gradient):
+                raise RuntimeError("no capture")
+
+            hook = run.model.conv1.weight.register_hook(broken)  # the last gradient of all
+            try:
+                return super().record(function)
+            finally:
+                hook.remove()
+
+    run = captured(Breaks())
+    with pytest.warns(UserWarning, match="no capture"):
+        found = steps(run, Batches(SIZES))
+    assert found == steps(training(total=len(SIZES)), Batches(SIZES))
+
+
+def test_a_replay_sees_restored_state_and_evaluated_weights():
+    """Restoring, and evaluating the average, write into the tensors a graph knows."""
+    ends = []
+    for graph in (None, Rerun()):
+        run = training(total=24)
+        if graph is not None:
+            run.run_step = CapturedStep(run.step, graph)
+        start = copy.deepcopy(run.state())
+        steps(run, Batches())
+        run.restore(start)
+        run.config = replace(run.config, epochs=2)
+        fit(run, Batches(), Batches((4, 4)), CLASSES, [])
+        ends.append(snapshot(run))
+    assert equal(*ends)
+    assert graph.replays == 18
+
+
+def test_a_bad_loss_in_a_replay_changes_nothing():
+    run = captured(Rerun())
+    train_epoch(run, Batches((8, 8)), 1, [])
+    before = snapshot(run)
+    with pytest.raises(NonFiniteLoss) as caught:
+        train_epoch(run, Batches((8,), bad=(1,)), 2, [])
+    assert caught.value.indices == [*range(8)]
+    assert equal(snapshot(run), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_gpu_replays_what_it_would_launch(backend, optimizer, dtype, exact_float32):
+    config = replace(OPTIM, optimizer=optimizer, clip_grad=1.0, lr=1e-3)
+    runs = []
+    for graph in (False, True):
+        model = build_model("micro_resnet", CLASSES, backend=backend)
+        model.load_state_dict(micro_resnet().state_dict())
+        model = model.to(DEVICE, memory_format=torch.channels_last)
+        run = training(
+            config,
+            total=len(SIZES),
+            model=model,
+            amp_dtype=dtype,
+            mixup_alpha=0.4,
+            cuda_graph=graph,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = steps(run, Batches(SIZES, device=DEVICE))
+        runs.append((run, found))
+    (plain, truth), (replayed, found) = runs
+    assert replayed.run_step.reason is None
+    # the same kernels; only atomics and the algorithms cuDNN picks may round otherwise
+    tolerance = 1e-3 if dtype is None else 3e-2
+    assert [s.loss for s in found] == pytest.approx([s.loss for s in truth], rel=tolerance)
+    assert replayed.steps == plain.steps
+    for one, other in zip(snapshot(plain), snapshot(replayed), strict=True):
+        assert torch.allclose(one, other, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+def test_replaying_never_waits_for_the_gpu():
+    model = micro_resnet().to(DEVICE)
+    config = replace(OPTIM, clip_grad=1.0)
+    run = training(config, model=model, mixup_alpha=0.2, amp_dtype=torch.float16, cuda_graph=True)
+    batches = Batches(device=DEVICE).batches
+    run.finish(run.train_step(batches[0], 1, 1))  # captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        underway = [run.train_step(batch, 1, n) for n, batch in enumerate(batches[1:4], start=2)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(run.finish(step).loss) for step in underway)
+
+
+@pytest.mark.gpu
+def test_a_gpu_stops_within_a_few_steps_and_names_the_rows():
+    run = training(model=micro_resnet().to(DEVICE), cuda_graph=True, total=60)
+    with pytest.raises(NonFiniteLoss, match="step 3") as caught:
+        train_epoch(run, Batches((8,) * 60, bad=(3,), device=DEVICE), 1, [])
+    assert caught.value.indices == [*range(16, 24)]
+    assert run.steps < 10
+    assert all(tensor.isfinite().all() for tensor in run.step.tensors())

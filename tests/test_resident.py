@@ -1,0 +1,130 @@
+"""Batches from pixels on the device against those of the threads: same rows, labels and views."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import DEVICE
+from train import inputs
+from train.config import DEFAULT
+from train.data import Loader, resident
+from train.data.augment import AUGMENTS, STD
+from train.data.resident import ResidentLoader, upload
+from train.inputs import Inputs, make_loaders, resident_pixels
+
+N = 11
+LABELS = np.arange(N) % 3
+ROWS = np.array([10, 1, 2, 3, 5, 7, 8])
+# in levels of 0..255: the threads round to 8 bits after the affine map, which colours amplify by
+# up to 1.3^3, and again after the colours
+TOLERANCE = {"none": 0.51, "light": 0.52, "strong": 0.5 * 1.3**3 + 0.52}
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (N, 24, 24, 3), dtype=np.uint8)
+
+
+def both(images, **options):
+    options = {"batch_size": 3, "image_size": 21, "seed": 5} | options
+    threads = Loader(images, LABELS, ROWS, workers=0, **options)
+    return threads, ResidentLoader(upload(images, DEVICE), LABELS, ROWS, **options)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_batches_are_those_of_the_loader(images, augment, shuffle):
+    threads, ours = both(images, augment=augment, shuffle=shuffle)
+    assert len(ours) == len(threads)
+    for epoch, start in ((1, 0), (2, 0), (2, 1)):
+        expected, found = list(threads.epoch(epoch, start)), list(ours.epoch(epoch, start))
+        assert len(found) == len(expected) == len(ours) - start
+        for a, b in zip(expected, found, strict=True):
+            assert torch.equal(a.indices, b.indices.cpu())
+            assert torch.equal(a.labels, b.labels.cpu())
+            assert a.images.dtype == b.images.dtype
+            assert b.images.is_contiguous(memory_format=torch.channels_last)
+            levels = (a.images - b.images.cpu()) * 255 * torch.tensor(STD)[:, None, None]
+            assert levels.abs().max() <= TOLERANCE[augment]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_type_and_layout(images, dtype, channels_last):
+    for loader in both(images, dtype=dtype, channels_last=channels_last):
+        batch = next(iter(loader.epoch(1)))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert batch.images.dtype == dtype
+        assert batch.images.is_contiguous(memory_format=layout)
+        assert batch.labels.dtype == torch.int64
+
+
+def test_upload_of_a_file_in_slabs(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(resident, "SLAB", 4)
+    images.tofile(tmp_path / "pixels")
+    mapped = np.memmap(tmp_path / "pixels", np.uint8, "r", shape=images.shape)
+    assert np.array_equal(upload(mapped, DEVICE).cpu(), images)
+
+
+def given(images, val=(0, 4, 6, 9)) -> Inputs:
+    photos = SimpleNamespace(labels=LABELS)
+    return Inputs(images, photos, SimpleNamespace(train=ROWS, val=np.array(val, dtype=int)))
+
+
+def test_make_loaders_takes_the_pixels_when_it_has_them(images):
+    config = DEFAULT.__class__(
+        data=DEFAULT.data.__class__(image_size=21, workers=0),
+        optim=DEFAULT.optim.__class__(batch_size=3, val_batch_size=2),
+    )
+    cpu = torch.device("cpu")
+    threads = make_loaders(given(images), config, torch.float32, cpu)
+    ours = make_loaders(given(images), config, torch.float32, cpu, torch.from_numpy(images))
+    assert [type(loader) for loader in (*threads, *ours)] == [Loader] * 2 + [ResidentLoader] * 2
+    for a, b in zip(threads, ours, strict=True):
+        for x, y in zip(a.epoch(3), b.epoch(3), strict=True):
+            assert torch.equal(x.indices, y.indices)
+            assert torch.equal(x.labels, y.labels)
+            assert (x.images - y.images).abs().mean() < 0.02
+    pixels = torch.from_numpy(images)
+    assert make_loaders(given(images, ()), config, torch.float32, cpu, pixels)[1] is None
+
+
+def test_pixels_stay_on_the_gpu_only_where_they_fit(images, monkeypatch):
+    memory = 3 * images.nbytes
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory)
+    )
+    pixels, reason = resident_pixels(given(images), DEVICE, "triton")
+    assert np.array_equal(pixels.cpu(), images)
+    assert "stay there" in reason
+    memory -= 1
+    pixels, reason = resident_pixels(given(images), DEVICE, "triton")
+    assert pixels is None
+    assert "more than a third of the GPU's" in reason
+    assert resident_pixels(given(images), DEVICE, "eager") == (
+        None,
+        "the backend eager does not use the kernels",
+    )
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    memory += 1
+    monkeypatch.setattr(inputs, "upload", full)
+    pixels, reason = resident_pixels(given(images), DEVICE, "triton")
+    assert pixels is None
+    assert "free" in reason
+
+
+@pytest.mark.gpu
+def test_making_batches_never_waits_for_the_gpu(images):
+    _, ours = both(images, augment="strong", shuffle=True)
+    list(ours.epoch(1))  # kernels compile
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = list(ours.epoch(2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(tensor.is_cuda for batch in batches for tensor in batch)

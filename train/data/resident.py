@@ -1,0 +1,74 @@
+"""Batches made on the GPU from pictures that stay there: no thread prepares and no bus carries any.
+
+A photo's view depends on (seed, epoch, row) as the CPU's does, from the same random numbers; it is
+rounded once instead of twice or three times on the way (`kernels.image_prep`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import astuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import kernels
+from train.data.augment import MEAN, STD, STRENGTHS
+from train.data.loader import Batch, BatchOrder
+
+SLAB = 1024  # pictures uploaded at a time: a set on disk is never in memory as a whole
+
+
+class ResidentLoader(BatchOrder):
+    """What `Loader` gives for the same arguments, from pixels on the device.
+
+    pixels: uint8 [N, store, store, 3], contiguous; the batches are where they are.
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        labels: np.ndarray,
+        indices: np.ndarray,
+        *,
+        batch_size: int,
+        image_size: int,
+        augment: str = "none",
+        seed: int = 0,
+        shuffle: bool = False,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+    ):
+        super().__init__(indices, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        self.pixels = pixels
+        self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(pixels.device)
+        self.channels_last = channels_last
+        self._view = {
+            "seed": seed,
+            "size": image_size,
+            "strength": None if augment == "none" else astuple(STRENGTHS[augment]),
+            "mean": MEAN,
+            "std": STD,
+            "dtype": dtype,
+        }
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from number `start` on."""
+        rows = torch.from_numpy(self.rows(epoch))
+        if self.pixels.is_cuda:  # from memory that is not pinned, a copy would wait
+            rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)
+        number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
+        for first, last in self.bounds[start:]:
+            chunk = rows[first:last]
+            images = kernels.image_prep(self.pixels, chunk, number, **self._view)
+            if not self.channels_last:
+                images = images.contiguous()
+            yield Batch(images, self.labels[chunk], chunk)
+
+
+def upload(images: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 pictures, also those of a memory-mapped file, on the device."""
+    pixels = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for first in range(0, len(images), SLAB):
+        slab = slice(first, first + SLAB)
+        pixels[slab] = torch.from_numpy(np.array(images[slab]))
+    return pixels

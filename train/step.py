@@ -1,0 +1,131 @@
+"""The training step: one function of tensors that asks the device nothing, so that it can run from
+a CUDA graph as well as launch by launch.
+
+A step whose loss is not finite, or under float16 one of whose gradients is not, changes nothing but
+the loss scale: weights, optimizer state, running statistics and moving average stay bit for bit.
+The device decides that; the host learns of it from what the step returns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.config import OptimConfig
+from train.optim import LossScale, WeightAverage, build_optimizer
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Mixed precision in `dtype`; None is full precision."""
+    # no cache: a network uses each weight once, and in a CUDA graph a cached cast of the weights
+    # would outlive the memory it stands in
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+class TrainingStep:
+    """One update of the model's weights from one batch, and all that the update changes.
+
+    model: on its device, in training mode when the step runs. rate: float32 [] on the device, the
+    learning rate. The moving average's decay is the caller's to `prepare`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        amp_dtype: torch.dtype | None,
+        rate: Tensor,
+    ):
+        self.model = model
+        self.config = config
+        self.amp_dtype = amp_dtype
+        self.device = rate.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.buffers = Buffers(model)
+        self.optimizer = build_optimizer(model, config, rate)
+        self.scale = LossScale(self.device, enabled=amp_dtype == torch.float16)
+        self.average = WeightAverage(model, config.ema) if config.ema else None
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        partner: Tensor | None = None,
+        lam: Tensor | None = None,
+    ) -> Tensor:
+        """Train on images [N, 3, H, W] with labels int64 [N]; returns float32 [3]: the loss, how
+        many images were classified right, and 1 if the update was skipped.
+
+        partner int64 [N], lam float32 []: mixup, image i becomes lam of itself and 1 - lam of image
+        partner[i], and so does the loss.
+        """
+        before = self.buffers.copy()
+
+        # ---- the training step ------------------------------------------------------------------
+        if partner is not None:
+            images = images.lerp(images[partner], (1 - lam).to(images.dtype))
+        with autocast(self.device, self.amp_dtype):
+            logits = self.model(images)
+        loss = mixed(self.loss, logits, labels, partner, lam)
+        self.scale.scaled(loss).backward()
+        skip = self.scale.unscale([p.grad for p in self.parameters if p.grad is not None], loss)
+        if self.config.clip_grad:
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
+        self.optimizer.found_inf = skip
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(skip)
+        # ------------------------------------------------------------------------------------------
+
+        self.buffers.put_back(before, skip)
+        if self.average is not None:
+            self.average.update(skip)
+        with torch.no_grad():
+            correct = mixed(count_correct, logits, labels, partner, lam)
+            return torch.stack([loss, correct, skip])
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in float32. logits [N, K], labels int64 [N]."""
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything a step changes."""
+        slots = [slot for state in self.optimizer.state.values() for slot in state.values()]
+        average = [] if self.average is None else list(self.average.state.values())
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return [*(w.detach() for w in weights), *slots, *average, *self.scale.tensors()]
+
+
+def mixed(measure, logits: Tensor, labels: Tensor, partner: Tensor | None, lam: Tensor | None):
+    """measure(logits, labels), with mixup lam of that and 1 - lam of the partners' labels."""
+    own = measure(logits, labels)
+    if partner is None:
+        return own
+    return lam * own + (1 - lam) * measure(logits, labels[partner])
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of logits [N, K] are largest at their label: float32 []."""
+    return (logits.argmax(1) == labels).sum(dtype=torch.float32)
+
+
+class Buffers:
+    """The buffers of a model, its running statistics: the forward pass moves them before anyone
+    knows whether the step counts."""
+
+    def __init__(self, model: nn.Module):
+        buffers = list(model.buffers())
+        dtypes = dict.fromkeys(buffer.dtype for buffer in buffers)
+        self._groups = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]
+
+    def copy(self) -> list[Tensor]:
+        """The values now, a flat tensor for each dtype."""
+        return [torch.cat([buffer.reshape(-1) for buffer in group]) for group in self._groups]
+
+    @torch.no_grad()
+    def put_back(self, before: list[Tensor], skip: Tensor) -> None:
+        """Where `skip` is 1, return to what `copy` returned."""
+        for group, old, new in zip(self._groups, before, self.copy(), strict=True):
+            kept = torch.where(skip.bool(), old, new).split([buffer.numel() for buffer in group])
+            values = [value.view(buffer.shape) for value, buffer in zip(kept, group, strict=True)]
+            torch._foreach_copy_(group, values)

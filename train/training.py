@@ -1,0 +1,170 @@
+"""What changes while a run trains, one step after the other."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimConfig
+from train.data.augment import mixup
+from train.data.loader import Batch
+from train.errors import LapisError
+from train.graphs import CapturedStep
+from train.optim import learning_rate
+from train.step import TrainingStep, autocast
+
+PATIENCE = 3  # losses in a row that may be infinite under float16, whose range a forward can leave
+
+
+class NonFiniteLoss(LapisError):
+    """The loss of a step was NaN or infinite; `indices` are the rows of its images."""
+
+    exit_code = 5
+
+    def __init__(self, epoch: int, step: int, indices: Tensor):
+        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}")
+        self.indices = indices.tolist()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a listener learns of a finished step: its number in the epoch, its images, their mean
+    loss, how many were classified right, and whether the update was skipped."""
+
+    number: int
+    images: int
+    loss: float
+    correct: float
+    skipped: bool
+
+
+class Underway:
+    """A step that the device may not have finished; its outcome comes to the host by itself."""
+
+    def __init__(self, epoch: int, number: int, indices: Tensor, outcome: Tensor):
+        self.epoch = epoch
+        self.number = number
+        self.indices = indices
+        self._outcome = outcome.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if outcome.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def finish(self) -> Step:
+        """Wait until the device has finished the step."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, correct, skipped = self._outcome.tolist()
+        return Step(self.number, len(self.indices), loss, correct, bool(skipped))
+
+
+class Training:
+    """Everything that changes while a run trains: what a checkpoint holds.
+
+    model: on its device already. total_steps: steps of the whole run, for the schedule.
+    amp_dtype: bfloat16, float16 or None for full precision. cuda_graph: replay the training step
+        from a CUDA graph, captured at the first step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        *,
+        total_steps: int,
+        amp_dtype: torch.dtype | None,
+        mixup_alpha: float = 0.0,
+        seed: int = 0,
+        cuda_graph: bool = False,
+    ):
+        self.model = model
+        self.config = config
+        self.device = next(model.parameters()).device
+        self.amp_dtype = amp_dtype
+        self.mixup_alpha = mixup_alpha
+        self.seed = seed
+        self.total_steps = total_steps
+        self.steps = 0
+        self.rate = torch.zeros((), device=self.device)
+        self.step = TrainingStep(model, config, amp_dtype, self.rate)
+        self.average = self.step.average
+        self.run_step = CapturedStep(self.step) if cuda_graph else self.step
+        self.bad: list[Underway] = []  # the latest steps, while their losses are not finite
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Mixed precision for a forward pass, or nothing when it is off."""
+        return autocast(self.device, self.amp_dtype)
+
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return learning_rate(self.config, self.steps, self.total_steps)
+
+    def train_step(self, batch: Batch, epoch: int, number: int) -> Underway:
+        """One update of the weights from one batch; `model` must be in training mode."""
+        self.rate.fill_(self.learning_rate())
+        self.steps += 1
+        if self.average is not None:
+            self.average.prepare(self.steps)
+        mixing = self._mixing(len(batch.labels), epoch, number) if self.mixup_alpha else ()
+        outcome = self.run_step(batch.images, batch.labels, *mixing)
+        return Underway(epoch, number, batch.indices, outcome)
+
+    def _mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        lam, partner = mixup(size, self.mixup_alpha, seed=self.seed, epoch=epoch, batch=number)
+        partner = torch.from_numpy(partner)
+        if self.device.type == "cuda":  # from memory that is not pinned, a copy would wait
+            partner = partner.pin_memory().to(self.device, non_blocking=True)
+        # in 256ths both shares are exact in 16 bits: pixels and labels are mixed alike
+        return partner, torch.full((), round(256 * lam) / 256, device=self.device)
+
+    def finish(self, underway: Underway) -> Step:
+        """Wait for a step. Raises NonFiniteLoss, which names the first batch, when its loss was
+        not finite; under float16 when that of PATIENCE steps in a row was not."""
+        step = underway.finish()
+        self.bad = [] if math.isfinite(step.loss) else [*self.bad, underway]
+        if len(self.bad) >= (PATIENCE if self.amp_dtype == torch.float16 else 1):
+            first = self.bad[0]
+            raise NonFiniteLoss(first.epoch, first.number, first.indices)
+        return step
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to use: the moving average where there is one."""
+        return self.model.state_dict() if self.average is None else self.average.state
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and primitives from which `restore` continues exactly."""
+        return {
+            "weights": self.weights(),
+            "model": self.model.state_dict(),
+            "optimizer": self.step.optimizer.state_dict()["state"],
+            "scale": self.step.scale.tensors(),
+            "steps": self.steps,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned. Raises RuntimeError when the model is another."""
+        self.model.load_state_dict(state["model"])
+        # in place, all of it: a captured step knows its tensors by their addresses
+        for number, slots in self.step.optimizer.state_dict()["state"].items():
+            for name, value in slots.items():
+                value.copy_(state["optimizer"][number][name])
+        for tensor, value in zip(self.step.scale.tensors(), state["scale"], strict=True):
+            tensor.copy_(value)
+        if self.average is not None:
+            for name, value in self.average.state.items():
+                value.copy_(state["weights"][name])
+        self.steps = state["steps"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.history = state["history"]
+        self.best = state["best"]
