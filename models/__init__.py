@@ -4,7 +4,7 @@ kernels."""
 from models.backend import BACKENDS, Backend, BackendUnavailable, resolve_backend
 from models.fusion import fuse, fuse_report
 from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
-from models.units import set_backend
+from models.units import chosen_plans, restore_plans, set_backend
 
 __all__ = [
     "BACKENDS",
@@ -15,9 +15,11 @@ __all__ = [
     "BackendUnavailable",
     "ResNet",
     "build_model",
+    "chosen_plans",
     "fuse",
     "fuse_report",
     "parameter_counts",
     "resolve_backend",
+    "restore_plans",
     "set_backend",
 ]

@@ -20,7 +20,6 @@ class PlainBlock(nn.Module):
     """relu(bn2(conv2(relu(bn1(conv1(x)))))): [N, c_in, H, W] -> [N, c_out, H/stride, W/stride]."""
 
     adds = False  # whether the input is added before the last activation
-    plan = "known"  # how the trunk trains it, see `units.set_backend`
 
     def __init__(self, c_in: int, c_out: int, stride: int, act: str):
         super().__init__()

@@ -32,7 +32,6 @@ class FusedBasicBlock(nn.Module):
     """torchvision's and timm's BasicBlock on our units; only ever made by `fuse`."""
 
     adds = True
-    plan = "known"
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""
@@ -47,7 +46,6 @@ class FusedBottleneck(nn.Module):
     """torchvision's and timm's Bottleneck on our units; only ever made by `fuse`."""
 
     adds = True
-    plan = "known"
 
     def chain(self) -> tuple[Pair, ...]:
         """The convolutions and norms that follow one another."""

@@ -31,8 +31,21 @@ def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Modul
         if isinstance(module, BatchNormAct):
             module.backend = backend
         elif hasattr(module, "chain"):
-            module.plan = plan
+            module.plan, module.chosen = plan, {}
     return model
+
+
+def chosen_plans(model: nn.Module) -> dict[str, dict[str, str]]:
+    """The plans that training has settled on: of every block by name, for each CxHxW of the
+    trunk's input."""
+    blocks = model.named_modules()
+    return {name: dict(b.chosen) for name, b in blocks if getattr(b, "chosen", None)}
+
+
+def restore_plans(model: nn.Module, plans: dict[str, dict[str, str]]) -> None:
+    """Settle on what `chosen_plans` returned, so that nothing is chosen anew."""
+    for name, chosen in plans.items():
+        model.get_submodule(name).chosen.update(chosen)
 
 
 def check_plan(plan: str) -> None:
@@ -183,8 +196,8 @@ def conv_norm_act(
     shortcut_norm = None
     if downsample is not None:
         *layers, shortcut_norm = downsample
-        last = layers.pop() if layers else nn.Identity()
-        for layer in layers:
+        last = layers[-1] if layers else nn.Identity()
+        for layer in layers[:-1]:
             residual = layer(residual)
         # a pass has one mode; one of the two may be frozen
         if folds or norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics():
@@ -225,8 +238,12 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Layers of blocks one after another: x [N, C, H, W] -> the last block's output.
 
     Neighbouring blocks that the trunk knows run together as one autograd function; any other block
-    runs by itself, on the units it is made of.
+    runs by itself, on the units it is made of, and so do all where torch.compile traces them.
     """
+    if torch.compiler.is_compiling():
+        for layer in layers:
+            x = layer(x)
+        return x
     blocks: list[nn.Module] = []
     for layer in layers:
         opened = type(layer) is nn.Sequential and not hooked(layer)
@@ -304,17 +321,23 @@ def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[i
 def _planned(
     blocks: Sequence[nn.Module], described: list[trunk.Block], x: Tensor
 ) -> list[trunk.Block]:
-    """The blocks on their plans: each the one that its `plan` names, or that is found for it."""
-    sites, shape = [], tuple(x.shape)
-    for block in described:
-        site, shape = plans.site_of(block, shape)
-        sites.append(site)
-    names = [block.plan for block in blocks]
-    if not all(name in trunk.PLANS for name in names):
-        found = plans.choose_plans(sites, x.device, measure="measure" in names)
-        names = [n if n in trunk.PLANS else other for n, other in zip(names, found, strict=True)]
+    """The blocks on their plans: each the one that its `plan` names, or that is found for it with
+    the first batch of a size; a smaller last batch does not choose anew."""
+    size = "x".join(map(str, x.shape[1:]))
+    if not all(size in block.chosen for block in blocks):
+        sites, shape = [], tuple(x.shape)
+        for block in described:
+            site, shape = plans.site_of(block, shape)
+            sites.append(site)
+        wanted = [block.plan for block in blocks]
+        found = wanted
+        if not all(name in trunk.PLANS for name in wanted):
+            found = plans.choose_plans(sites, x.device, measure="measure" in wanted)
+        for block, name, other in zip(blocks, wanted, found, strict=True):
+            block.chosen[size] = name if name in trunk.PLANS else other
     return [
-        block._replace(plan=trunk.PLANS[name]) for block, name in zip(described, names, strict=True)
+        one._replace(plan=trunk.PLANS[block.chosen[size]])
+        for one, block in zip(described, blocks, strict=True)
     ]
 
 

@@ -131,7 +131,7 @@ def test_backends_train_alike(name, backend):
     eager = build_model(name, 3).to(device, memory_format=torch.channels_last)
     other = set_backend(copy.deepcopy(eager), backend)
     data = [
-        (torch.randn(6, 3, 64, 64, device=device), torch.randint(0, 3, (6,), device=device))
+        (torch.randn(4, 3, 32, 32, device=device), torch.randint(0, 3, (4,), device=device))
         for _ in range(20)
     ]
     losses = []

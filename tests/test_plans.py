@@ -7,7 +7,7 @@ import torch
 from kernels.choices import Rival
 from kernels.select import choose
 from kernels.store import Store
-from models import build_model, plans, set_backend, trunk, units
+from models import build_model, chosen_plans, plans, restore_plans, set_backend, trunk, units
 from models.plans import choose_plans, job_for, site_of
 from tests.helpers import DEVICE
 
@@ -107,3 +107,21 @@ def test_a_block_can_be_told_its_plan(monkeypatch):
         model.to(DEVICE)(torch.randn(2, 3, 32, 32, device=DEVICE))
     assert seen[1] == "P3"
     assert DEVICE.type == "cuda" or seen == ["P1", "P3", "P1", "P1"]
+
+
+def test_a_resume_does_not_choose_anew(monkeypatch):
+    """The plans travel in the checkpoint; a last, smaller batch takes those of the others."""
+    model = set_backend(build_model("micro_resnet"), "triton", "P3").to(DEVICE)
+
+    def step(model, batch):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            model(torch.randn(batch, 3, 32, 32, device=DEVICE))
+
+    step(model, 3)
+    found = chosen_plans(model)
+    assert found == {f"layer{number}.0": {"16x8x8": "P3"} for number in range(1, 5)}
+    other = set_backend(build_model("micro_resnet"), "triton", "measure").to(DEVICE)
+    restore_plans(other, found)
+    monkeypatch.setattr(plans, "choose_plans", None)
+    step(other, 2)
+    assert chosen_plans(other) == found

@@ -16,8 +16,11 @@ from models import (
     Backend,
     BackendUnavailable,
     build_model,
+    chosen_plans,
     parameter_counts,
     resolve_backend,
+    restore_plans,
+    set_backend,
 )
 from models.compiled import tune_allocator
 from train import checkpoint
@@ -152,6 +155,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
     )
     if resumed is not None:
         training.restore(resumed)
+        restore_plans(model, resumed["plans"])
         folder = config.run.resume
     else:
         folder = create_run_folder(config.run.out, config.model.model)
@@ -185,6 +189,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         "model": config.model.model,
         "backend": backend.name,
         "backend_reason": backend.reason,
+        "plans": chosen_plans(model),
         "device": device_name(device),
         "precision": precision,
         "parameters": parameters,
@@ -221,7 +226,8 @@ class Recorder(Listener):
     def epoch_ended(self, training: Training, record: dict[str, Any]) -> None:
         append_jsonl(self.folder / "metrics.jsonl", record)
         is_best = training.best is not None and training.best["epoch"] == record["epoch"]
-        checkpoint.save(self.folder / "checkpoints", {**self.fixed, **training.state()}, is_best)
+        state = {**self.fixed, "plans": chosen_plans(training.model), **training.state()}
+        checkpoint.save(self.folder / "checkpoints", state, is_best)
 
 
 def _announce(inputs: Inputs) -> None:
@@ -239,7 +245,8 @@ def _announce(inputs: Inputs) -> None:
 
 def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):
     options = dataclasses.asdict(config.model)
-    model = build_model(options.pop("model"), num_classes, **options, backend=backend.name)
+    model = build_model(options.pop("model"), num_classes, **options)
+    set_backend(model, backend.name, backend.plan)
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
     return model.to(device, memory_format=layout)
 
