@@ -3,8 +3,9 @@ kernels."""
 
 from models.backend import BACKENDS, Backend, BackendUnavailable, resolve_backend
 from models.fusion import fuse, fuse_report
+from models.layers import chosen_plans, restore_plans
 from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
-from models.units import chosen_plans, restore_plans, set_backend
+from models.units import set_backend
 
 __all__ = [
     "BACKENDS",

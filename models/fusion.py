@@ -15,15 +15,8 @@ from torch import Tensor, nn
 
 from models.backend import resolve_backend
 from models.blocks import Pair
-from models.units import (
-    BatchNormAct,
-    check_plan,
-    conv_norm_act,
-    hooked,
-    run_layers,
-    set_backend,
-    stem,
-)
+from models.layers import run_layers
+from models.units import BatchNormAct, check_plan, conv_norm_act, hooked, set_backend, stem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 

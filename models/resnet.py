@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import BasicBlock, PlainBlock
-from models.units import BatchNormAct, run_layers, set_backend, stem
+from models.layers import run_layers
+from models.units import BatchNormAct, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")

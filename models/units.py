@@ -5,18 +5,14 @@ activation); a unit decides how. Parameters and buffers are those of `nn.Conv2d`
 `nn.BatchNorm2d`, so a state_dict is the same whatever the backend.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
 from kernels.activation import REFERENCE
-from kernels.bn_checks import Norm
 from kernels.bn_stats import track
-from models import compiled, plans, trunk
+from models import compiled, trunk
 
 
 def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Module:
@@ -33,19 +29,6 @@ def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Modul
         elif hasattr(module, "chain"):
             module.plan, module.chosen = plan, {}
     return model
-
-
-def chosen_plans(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The plans that training has settled on: of every block by name, for each CxHxW of the
-    trunk's input."""
-    blocks = model.named_modules()
-    return {name: dict(b.chosen) for name, b in blocks if getattr(b, "chosen", None)}
-
-
-def restore_plans(model: nn.Module, plans: dict[str, dict[str, str]]) -> None:
-    """Settle on what `chosen_plans` returned, so that nothing is chosen anew."""
-    for name, chosen in plans.items():
-        model.get_submodule(name).chosen.update(chosen)
 
 
 def check_plan(plan: str) -> None:
@@ -80,7 +63,8 @@ class BatchNormAct(nn.BatchNorm2d):
         residual_norm normalises the residual first: the raw output of a shortcut convolution goes
         in, and its BatchNorm is applied in the same pass.
         """
-        if self.backend == "eager":
+        promotes = residual is not None and residual.dtype != x.dtype  # as eager's addition does
+        if self.backend == "eager" or promotes:
             return self._eager(x, residual, residual_norm)
         fused = kernels.bn_act if self.backend == "triton" else compiled.bn_act
         batch_statistics = self._uses_batch_statistics()
@@ -204,7 +188,7 @@ def conv_norm_act(
             residual, shortcut_norm = conv_norm_act(last, shortcut_norm, residual), None
         else:
             residual = last(residual)
-    if not folds or (residual is not None and residual.dtype != _compute_dtype(x)):
+    if not folds or (residual is not None and residual.dtype != compute_dtype(x)):
         return norm(conv(x), residual, shortcut_norm)
     return kernels.conv_bn_act(
         x,
@@ -227,129 +211,11 @@ def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Ten
     Where the kernels run, a convolution of images is ours: it delivers the batch statistics, and
     with three input channels it is several times as fast as cuDNN's.
     """
-    if norm._fuses(pool) and _takes(conv, x) and conv.in_channels <= 4:
+    if norm._fuses(pool) and takes(conv, x) and conv.in_channels <= 4:
         stride, padding = conv.stride[0], conv.padding[0]
         y, *stats = kernels.conv_stats(x, conv.weight, stride=stride, padding=padding)
         return norm.pooled(y, pool, tuple(stats))
     return norm.pooled(conv(x), pool)
-
-
-def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """Layers of blocks one after another: x [N, C, H, W] -> the last block's output.
-
-    Neighbouring blocks that the trunk knows run together as one autograd function; any other block
-    runs by itself, on the units it is made of, and so do all where torch.compile traces them.
-    """
-    if torch.compiler.is_compiling():
-        for layer in layers:
-            x = layer(x)
-        return x
-    blocks: list[nn.Module] = []
-    for layer in layers:
-        opened = type(layer) is nn.Sequential and not hooked(layer)
-        blocks += layer if opened else [layer]
-    known = {block: why_not_trunk(block, x) is None for block in blocks}
-    for together, group in groupby(blocks, known.get):
-        if together:
-            x = _run_trunk(list(group), x)
-        else:
-            for block in group:
-                x = block(x)
-    return x
-
-
-def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
-    """Why `block` cannot be part of the trunk's function in this step, or None if it can."""
-    if not hasattr(block, "chain"):
-        return f"{type(block).__name__} is not a chain of convolutions and norms"
-    pairs = _pairs(block)
-    if any(len(pair) != 2 for pair in pairs):
-        return "its shortcut is more than a convolution and a norm"
-    if not all(norm.backend == "triton" for _, norm in pairs):
-        return "its units do not run on the kernels"
-    if not torch.is_grad_enabled() or x.shape[0] == 0:
-        return "there is no gradient to compute"
-    if not all(norm._uses_batch_statistics() for _, norm in pairs):
-        return "it has frozen statistics"
-    if any(hooked(module) for module in block.modules()):
-        return "it has a hook"
-    if not all(_takes(conv, x) for conv, _ in pairs):
-        return "the kernels do not take one of its convolutions, or its type"
-    return None
-
-
-def _pairs(block: nn.Module) -> list[Sequence[nn.Module]]:
-    """Convolution and norm of every part of a block, the shortcut's last."""
-    return [*block.chain(), *([block.downsample] if block.downsample is not None else [])]
-
-
-def _run_trunk(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
-    pairs = [pair for block in blocks for pair in _pairs(block)]
-    masters = [conv.weight for conv, _ in pairs]
-    dtype = _compute_dtype(x)
-    with torch.no_grad():
-        weights = iter(trunk.cast(masters, [dtype] * len(masters)))
-    described = _planned(blocks, [_describe(block, weights) for block in blocks], x)
-    parameters = [
-        tensor for conv, norm in pairs for tensor in (conv.weight, norm.weight, norm.bias)
-    ]
-    y, found, counts = trunk.run(described, x.to(dtype), parameters)
-    _track_together([norm for _, norm in pairs], found, counts)
-    return y
-
-
-@torch.no_grad()
-def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[int]) -> None:
-    """Move the running statistics of all units, several in a launch."""
-    alone = [unit.momentum is None for unit in units]
-    for unit, norm, count, lonely in zip(units, found, counts, alone, strict=True):
-        if lonely:
-            unit._track(norm.mean, norm.var, count)
-    for momentum in {unit.momentum for unit in units if unit._tracks} - {None}:
-        chosen = [
-            (unit, norm, count / (count - 1))
-            for unit, norm, count in zip(units, found, counts, strict=True)
-            if unit._tracks and unit.momentum == momentum
-        ]
-        means, variances = ([norm[i] for _, norm, _ in chosen] for i in (2, 3))
-        variances = torch._foreach_mul(variances, [unbiased for *_, unbiased in chosen])
-        torch._foreach_add_([unit.num_batches_tracked for unit, *_ in chosen], 1)
-        torch._foreach_lerp_([unit.running_mean for unit, *_ in chosen], means, momentum)
-        torch._foreach_lerp_([unit.running_var for unit, *_ in chosen], variances, momentum)
-
-
-def _planned(
-    blocks: Sequence[nn.Module], described: list[trunk.Block], x: Tensor
-) -> list[trunk.Block]:
-    """The blocks on their plans: each the one that its `plan` names, or that is found for it with
-    the first batch of a size; a smaller last batch does not choose anew."""
-    size = "x".join(map(str, x.shape[1:]))
-    if not all(size in block.chosen for block in blocks):
-        sites, shape = [], tuple(x.shape)
-        for block in described:
-            site, shape = plans.site_of(block, shape)
-            sites.append(site)
-        wanted = [block.plan for block in blocks]
-        found = wanted
-        if not all(name in trunk.PLANS for name in wanted):
-            found = plans.choose_plans(sites, x.device, measure="measure" in wanted)
-        for block, name, other in zip(blocks, wanted, found, strict=True):
-            block.chosen[size] = name if name in trunk.PLANS else other
-    return [
-        one._replace(plan=trunk.PLANS[block.chosen[size]])
-        for one, block in zip(described, blocks, strict=True)
-    ]
-
-
-def _describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
-    convs = tuple(
-        trunk.Conv(next(weights), norm.weight, norm.bias, conv.stride[0], conv.padding[0], norm.eps)
-        for conv, norm in _pairs(block)
-    )
-    acts = tuple(norm.act for _, norm in block.chain())
-    shortcut = convs[-1] if block.downsample is not None else None
-    plan = trunk.PLANS[plans.BASELINE]
-    return trunk.Block(plan, convs[: len(acts)], acts, shortcut, block.adds)
 
 
 def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor) -> bool:
@@ -359,15 +225,15 @@ def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor) -> bool:
         norm.backend == "triton"
         and not torch.is_grad_enabled()
         and not norm._uses_batch_statistics()
-        and _takes(conv, x)
+        and takes(conv, x)
     )
 
 
-def _takes(conv: nn.Module, x: Tensor) -> bool:
+def takes(conv: nn.Module, x: Tensor) -> bool:
     """Whether our convolution computes `conv`, in 16 bits: in float32 the library's is faster."""
     return (
         type(conv) is nn.Conv2d
-        and _compute_dtype(x) in (torch.bfloat16, torch.float16)
+        and compute_dtype(x) in (torch.bfloat16, torch.float16)
         and (conv.in_channels % 8 == 0 or conv.in_channels <= 4)
         and conv.out_channels % 8 == 0
         and conv.bias is None
@@ -381,7 +247,7 @@ def _takes(conv: nn.Module, x: Tensor) -> bool:
     )
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What autocast makes of a convolution's input."""
     autocast = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
     return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype

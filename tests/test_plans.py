@@ -7,7 +7,7 @@ import torch
 from kernels.choices import Rival
 from kernels.select import choose
 from kernels.store import Store
-from models import build_model, chosen_plans, plans, restore_plans, set_backend, trunk, units
+from models import build_model, chosen_plans, layers, plans, restore_plans, set_backend, trunk
 from models.plans import choose_plans, job_for, site_of
 from tests.helpers import DEVICE
 
@@ -83,10 +83,10 @@ def test_sites_of_a_network(monkeypatch):
     for name in ("resnet34", "plain34"):
         model = set_backend(build_model(name), "triton")
         blocks = [b for number in range(1, 5) for b in getattr(model, f"layer{number}")]
-        weights = (conv.weight for block in blocks for conv, _ in units._pairs(block))
+        weights = (conv.weight for block in blocks for conv, _ in layers.pairs_of(block))
         shape, sites = (32, 64, 56, 56), []
         for block in blocks:
-            site, shape = site_of(units._describe(block, weights), shape)
+            site, shape = site_of(layers.describe(block, weights), shape)
             sites.append(site)
         assert shape == (32, 512, 7, 7)
         assert len(sites) == 16

@@ -12,7 +12,7 @@ from torchvision.models.resnet import Bottleneck
 from kernels.launch import record
 from models import build_model, fuse, set_backend, trunk, units
 from models.blocks import BasicBlock, PlainBlock
-from models.units import run_layers
+from models.layers import run_layers, run_trunk
 from tests.helpers import DEVICE, assert_two_errors
 
 pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32")
@@ -70,7 +70,7 @@ def test_every_plan_matches_float64(cls, dtype, plan, generator):
             mine.copy_(theirs)
     truth = outcome(lambda m, x: m(x), exact, x.double(), dy.double())
     theirs = outcome(lambda m, x: m(x), eager, x, dy)
-    found = outcome(lambda m, x: units._run_trunk(list(m), x), ours.float(), x, dy)
+    found = outcome(lambda m, x: run_trunk(list(m), x), ours.float(), x, dy)
     ratios = []
     for name, value in truth.items():
         assert found[name].dtype == (dtype if name in ("y", "dx") else torch.float32)
@@ -102,7 +102,7 @@ def test_other_activations(plan, act, generator):
     eager = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE)
     truth = outcome(lambda m, x: m(x), copy.deepcopy(eager).double(), x.double(), dy.double())
     theirs = outcome(lambda m, x: m(x), eager, x, dy)
-    found = outcome(lambda m, x: units._run_trunk(list(m), x), on_plan(blocks, plan), x, dy)
+    found = outcome(lambda m, x: run_trunk(list(m), x), on_plan(blocks, plan), x, dy)
     for name, value in truth.items():
         assert_two_errors(found[name], theirs[name], value, name, atol=2e-5)
 
@@ -127,8 +127,9 @@ def test_twenty_steps_give_the_losses_of_eager(cls, plan):
         optimizer = torch.optim.SGD([*model.parameters(), *last.parameters()], 0.05, momentum=0.9)
         losses[name] = []
         for _ in range(20):
+            given = x if name == "float32" else x.bfloat16()
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=name != "float32"):
-                logits = last(run_layers([model], x).mean((2, 3)))
+                logits = last(run_layers([model], given).mean((2, 3)))
             loss = cross_entropy(logits.float(), labels)
             loss.backward()
             optimizer.step()
@@ -139,15 +140,14 @@ def test_twenty_steps_give_the_losses_of_eager(cls, plan):
     assert exact[-1] < 0.5 * exact[0]  # it did train
 
 
-def recorded(name, plan, monkeypatch, batch=32):
+def recorded(name, plan, batch=32):
     """The launches of the trunk of a whole network, forward and backward, on meta tensors; and the
     bytes an image that are kept between the two."""
-    monkeypatch.setattr(units, "_compute_dtype", lambda x: x.dtype)  # no autocast on meta
     model = set_backend(build_model(name).to("meta"), "triton", plan)
     blocks = [block for number in range(1, 5) for block in getattr(model, f"layer{number}")]
     x = torch.empty(batch, 64, 56, 56, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with record() as recording:
-        y = units._run_trunk(blocks, x.contiguous(memory_format=torch.channels_last))
+        y = run_trunk(blocks, x.contiguous(memory_format=torch.channels_last))
         held = {id(t): t.nbytes for t in held_tensors(y.grad_fn.saved)}
         y.backward(torch.empty_like(y))
     return recording.launches, sum(held.values()) / batch
@@ -173,11 +173,11 @@ BOOKKEEPING = ("_merge_kernel", "_coefficients_kernel", "_fold_kernel", "_sum_ke
         ("plain34", "P4", 114, 65),
     ],
 )
-def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes, monkeypatch):
+def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes):
     """Of the trunk, without the merges of statistics, the coefficients and the sums of split
     products; the stem and the head add eight launches. Bytes an image at batch 256: every tensor
     that a launch is given, once."""
-    launches, _ = recorded(name, plan, monkeypatch, batch=256)
+    launches, _ = recorded(name, plan, batch=256)
     counted = [one for one in launches if one.kernel.__name__ not in BOOKKEEPING]
     assert len(counted) <= launched
     moved = sum(
@@ -188,7 +188,77 @@ def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes, 
 
 
 @pytest.mark.parametrize(("plan", "megabytes"), [("P1", 11.9), ("P3", 11.9), ("P4", 9.2)])
-def test_bytes_that_are_saved(plan, megabytes, monkeypatch):
+def test_bytes_that_are_saved(plan, megabytes):
     """An image at 224 pixels, without the stem's 2.2 MB; eager keeps 16.9 with it."""
-    _, saved = recorded("resnet34", plan, monkeypatch)
+    _, saved = recorded("resnet34", plan)
     assert saved <= megabytes * 1e6
+
+
+def frozen(block):
+    block.bn1.eval()
+
+
+def hooked(block):
+    block.conv2.register_forward_hook(lambda *_: None)
+
+
+def grouped(block):
+    block.conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
+
+
+def longer_shortcut(block):
+    conv = nn.Conv2d(16, 16, 1, bias=False)
+    norm = set_backend(units.BatchNormAct(16, "identity"), "triton")
+    block.downsample = nn.Sequential(nn.AvgPool2d(1), conv, norm)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (frozen, "a norm has frozen statistics"),
+        (hooked, "a hook watches them"),
+        (grouped, "do not take a convolution of theirs"),
+        (longer_shortcut, "more than a convolution and a norm"),
+    ],
+)
+def test_a_block_that_the_trunk_does_not_know_runs_by_itself_and_says_so(change, reason):
+    torch.manual_seed(0)
+    model = on_plan([BasicBlock(16, 16, 1, "relu") for _ in range(3)], "P1")
+    change(model[1].to("cpu"))
+    model = model.to(DEVICE)
+    x = torch.randn(2, 16, 5, 5, device=DEVICE).bfloat16()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        with pytest.warns(UserWarning, match=f"1 blocks train one by one: .*{reason}"):
+            y = run_layers([model], x)
+        torch.testing.assert_close(y, model(x), rtol=3e-2, atol=3e-2)
+    names = [type(node).__name__ for node in graph_of(y.grad_fn)]
+    assert names.count("_TrunkBackward") == 2
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        with pytest.warns(UserWarning, match="stay in that type"):
+            wide = run_layers([model[:1]], x.float())
+        assert wide.dtype == model[:1](x.float()).dtype == torch.float32
+
+
+def graph_of(node):
+    seen, stack = set(), [node]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [after for after, _ in node.next_functions]
+    return seen
+
+
+def test_a_second_backward_is_refused():
+    model = on_plan([PlainBlock(16, 16, 1, "relu")], "P1")
+    x = torch.randn(2, 16, 5, 5, device=DEVICE, dtype=torch.bfloat16)
+    loss = run_trunk(list(model), x).float().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="activations are freed"):
+        loss.backward()
+
+
+def test_one_value_per_channel_is_refused():
+    model = on_plan([PlainBlock(16, 16, 1, "relu")], "P1")
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        run_trunk(list(model), torch.randn(1, 16, 1, 1, device=DEVICE, dtype=torch.bfloat16))
