@@ -26,8 +26,6 @@ from kernels.numerics import rounded
 FORWARD = {2: Tile(4096, 4), 4: Tile(2048, 4)}
 APPLY = {2: Tile(2048, 4), 4: Tile(2048, 4)}
 
-# conv_dgrad and conv_prologue were written against these names
-
 
 def keeps_mask(act: str, kind: str) -> bool:
     """Whether the backward needs the mask of z > 0, since z cannot be recomputed from x alone."""

@@ -1,5 +1,5 @@
-"""The reductions of a BatchNorm's backward, for bn_act and bn_act_pool; the equations and the
-layout stand in bn_act.py.
+"""The reductions of a BatchNorm's backward, for bn_act, bn_act_pool and the trunk; the equations
+and the layout stand in bn_act.py.
 
     sums          dz where it is kept, and partials float32 [2, P, C]: S1 and S2 of P slices of the
                   rows; [3, P, C] with the S2 of the residual's BatchNorm last

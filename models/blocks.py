@@ -6,9 +6,7 @@ interchangeable.
 
 from torch import Tensor, nn
 
-from models.units import BatchNormAct, conv_norm_act
-
-Pair = tuple[nn.Conv2d, BatchNormAct]
+from models.units import BatchNormAct, TrunkBlock, conv_norm_act
 
 
 def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
@@ -16,10 +14,8 @@ def conv3x3(c_in: int, c_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(TrunkBlock):
     """relu(bn2(conv2(relu(bn1(conv1(x)))))): [N, c_in, H, W] -> [N, c_out, H/stride, W/stride]."""
-
-    adds = False  # whether the input is added before the last activation
 
     def __init__(self, c_in: int, c_out: int, stride: int, act: str):
         super().__init__()
@@ -29,8 +25,7 @@ class PlainBlock(nn.Module):
         self.bn2 = BatchNormAct(c_out, act)
         self.downsample = None
 
-    def chain(self) -> tuple[Pair, ...]:
-        """The convolutions and norms that follow one another."""
+    def chain(self) -> tuple[tuple[nn.Conv2d, BatchNormAct], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,6 +40,7 @@ class BasicBlock(PlainBlock):
     """
 
     adds = True
+    chain = PlainBlock.chain
 
     def __init__(self, c_in: int, c_out: int, stride: int, act: str):
         super().__init__(c_in, c_out, stride, act)

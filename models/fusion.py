@@ -14,20 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from models.backend import resolve_backend
-from models.blocks import Pair
 from models.layers import run_layers
-from models.units import BatchNormAct, check_plan, conv_norm_act, hooked, set_backend, stem
+from models.units import (
+    BatchNormAct,
+    TrunkBlock,
+    check_plan,
+    conv_norm_act,
+    hooked,
+    set_backend,
+    stem,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what the kernels take
 
 
-class FusedBasicBlock(nn.Module):
+class FusedBasicBlock(TrunkBlock):
     """torchvision's and timm's BasicBlock on our units; only ever made by `fuse`."""
 
     adds = True
 
-    def chain(self) -> tuple[Pair, ...]:
-        """The convolutions and norms that follow one another."""
+    def chain(self) -> tuple[tuple[nn.Conv2d, BatchNormAct], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,13 +41,12 @@ class FusedBasicBlock(nn.Module):
         return conv_norm_act(self.conv2, self.bn2, h, x, self.downsample)
 
 
-class FusedBottleneck(nn.Module):
+class FusedBottleneck(TrunkBlock):
     """torchvision's and timm's Bottleneck on our units; only ever made by `fuse`."""
 
     adds = True
 
-    def chain(self) -> tuple[Pair, ...]:
-        """The convolutions and norms that follow one another."""
+    def chain(self) -> tuple[tuple[nn.Conv2d, BatchNormAct], ...]:
         return (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +155,9 @@ def fuse(model: nn.Module, backend: str = "auto", plan: str = "known") -> nn.Mod
     checkpoints and an exponential average of the weights go on as before. Fused activations become
     nn.Identity. Hooks of blocks and convolutions stay; a part with a hook on a BatchNorm or an
     activation is left alone, because the value it watches is no longer made. Fusing again changes
-    nothing but the backend. SyncBatchNorm.convert_sync_batchnorm and its like go before fusing:
+    nothing but the backend and the plan. In training a second backward through one forward is
+    refused, and nn.DataParallel would run the first replica everywhere: use
+    DistributedDataParallel. SyncBatchNorm.convert_sync_batchnorm and its like go before fusing:
     after it they would put norms without activations in place of ours.
 
     Raises BackendUnavailable when compile or triton is demanded and cannot run; ValueError for

@@ -3,14 +3,16 @@ its plan; any other block runs by itself, on the units it is made of."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from kernels.bn_checks import Norm
+from kernels.launch import runs_triton
 from models import plans, trunk
-from models.units import BatchNormAct, compute_dtype, hooked, takes
+from models.units import BatchNormAct, TrunkBlock, compute_dtype, hooked, takes
 
 UNASKED = "nobody asked for it"
 
@@ -29,7 +31,10 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         opened = type(layer) is nn.Sequential and not hooked(layer)
         blocks += layer if opened else [layer]
-    reasons = {block: why_not_trunk(block, x) for block in blocks}
+    reasons, wanted = {}, x.requires_grad
+    for block in blocks:
+        wanted = wanted or any(p.requires_grad for p in block.parameters())
+        reasons[block] = why_not_trunk(block, x) if wanted else UNASKED
     for reason, group in groupby(blocks, reasons.get):
         if reason is None:
             x = run_trunk(list(group), x)
@@ -51,15 +56,25 @@ def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
         return UNASKED
     if not torch.is_grad_enabled() or x.shape[0] == 0:
         return UNASKED
-    if not hasattr(block, "chain"):
+    if not isinstance(block, TrunkBlock):
         return f"{type(block).__name__} is no known chain of convolutions and norms"
+    if _replaced(block):
+        return "their forward is not the one that their chain describes"
+    if not runs_triton(x):
+        return f"the kernels do not run on {x.device}"
     pairs = pairs_of(block)
     if any(len(pair) != 2 for pair in pairs):
         return "their shortcut is more than a convolution and a norm"
     if not all(norm._uses_batch_statistics() for _, norm in pairs):
         return "a norm has frozen statistics"
+    if any(norm.weight is None for _, norm in pairs):
+        return "a norm has no weight and bias"
+    if any(b.dtype != torch.float32 for _, norm in pairs for b in norm.buffers() if b.ndim):
+        return "their running statistics are not in float32"
     if any(hooked(module) for module in block.modules()):
         return "a hook watches them"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "what they save is watched (checkpointing, offloading)"
     if not all(takes(conv, x) for conv, _ in pairs):
         return f"the kernels do not take a convolution of theirs, or not in {compute_dtype(x)}"
     if x.dtype != compute_dtype(x):
@@ -67,12 +82,19 @@ def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
     return None
 
 
+def _replaced(block: TrunkBlock) -> bool:
+    owner = next(cls for cls in type(block).__mro__ if "chain" in vars(cls))
+    return "forward" in vars(block) or type(block).forward is not owner.forward
+
+
 def pairs_of(block: nn.Module) -> list[Sequence[nn.Module]]:
     """Convolution and norm of every part of a block, the shortcut's last."""
     return [*block.chain(), *([block.downsample] if block.downsample is not None else [])]
 
 
-def run_trunk(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
+def run_trunk(blocks: Sequence[TrunkBlock], x: Tensor) -> Tensor:
+    """The blocks as one autograd function: x [N, C, H, W] in the type they compute in -> the last
+    block's output. Moves the running statistics. Raises ValueError as `trunk.run` does."""
     pairs = [pair for block in blocks for pair in pairs_of(block)]
     masters = [conv.weight for conv, _ in pairs]
     with torch.no_grad():
@@ -89,11 +111,12 @@ def run_trunk(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
 @torch.no_grad()
 def _track_together(units: list[BatchNormAct], found: list[Norm], counts: list[int]) -> None:
     """Move the running statistics of all units, several in a launch."""
-    alone = [unit.momentum is None for unit in units]
-    for unit, norm, count, lonely in zip(units, found, counts, alone, strict=True):
-        if lonely:
+    if len(set(units)) < len(units) or any(unit.momentum is None for unit in units):
+        # several in a launch come in no order, and take their weight from the host
+        for unit, norm, count in zip(units, found, counts, strict=True):
             unit._track(norm.mean, norm.var, count)
-    for momentum in {unit.momentum for unit in units if unit._tracks} - {None}:
+        return
+    for momentum in {unit.momentum for unit in units if unit._tracks}:
         chosen = [
             (unit, norm, count / (count - 1))
             for unit, norm, count in zip(units, found, counts, strict=True)
@@ -110,9 +133,10 @@ def _planned(
     blocks: Sequence[nn.Module], described: list[trunk.Block], x: Tensor
 ) -> list[trunk.Block]:
     """The blocks on their plans: each the one that its `plan` names, or that is found for it with
-    the first batch of a size; a smaller last batch does not choose anew."""
-    size = "x".join(map(str, x.shape[1:]))
-    if not all(size in block.chosen for block in blocks):
+    the largest batch of a size; a smaller last batch does not choose anew."""
+    n, *size = x.shape
+    key = f"{'x'.join(map(str, size))} {str(x.dtype).removeprefix('torch.')} {_card(x.device)}"
+    if not all(n <= block.chosen.get(key, (0,))[0] for block in blocks):
         sites, shape = [], tuple(x.shape)
         for block in described:
             site, shape = plans.site_of(block, shape)
@@ -122,14 +146,21 @@ def _planned(
         if not all(name in trunk.PLANS for name in wanted):
             found = plans.choose_plans(sites, x.device, measure="measure" in wanted)
         for block, name, other in zip(blocks, wanted, found, strict=True):
-            block.chosen[size] = name if name in trunk.PLANS else other
+            block.chosen[key] = (n, name if name in trunk.PLANS else other)
     return [
-        one._replace(plan=trunk.PLANS[block.chosen[size]])
+        one._replace(plan=trunk.PLANS[block.chosen[key][1]])
         for one, block in zip(described, blocks, strict=True)
     ]
 
 
-def describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
+@cache
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def describe(block: TrunkBlock, weights: Iterator[Tensor]) -> trunk.Block:
+    """The block as the trunk sees it, with the next of the `weights` for each convolution, on the
+    baseline's plan."""
     convs = tuple(
         trunk.Conv(next(weights), norm.weight, norm.bias, conv.stride[0], conv.padding[0], norm.eps)
         for conv, norm in pairs_of(block)
@@ -140,14 +171,17 @@ def describe(block: nn.Module, weights: Iterator[Tensor]) -> trunk.Block:
     return trunk.Block(plan, convs[: len(acts)], acts, shortcut, block.adds)
 
 
-def chosen_plans(model: nn.Module) -> dict[str, dict[str, str]]:
-    """The plans that training has settled on: of every block by name, for each CxHxW of the
-    trunk's input."""
-    blocks = model.named_modules()
-    return {name: dict(b.chosen) for name, b in blocks if getattr(b, "chosen", None)}
+Chosen = dict[str, dict[str, tuple[int, str]]]
 
 
-def restore_plans(model: nn.Module, plans: dict[str, dict[str, str]]) -> None:
+def chosen_plans(model: nn.Module) -> Chosen:
+    """The plans that training has settled on: of every block by name, for each size and type of the
+    trunk's input and each GPU the largest batch and the plan."""
+    blocks = ((name, m) for name, m in model.named_modules() if isinstance(m, TrunkBlock))
+    return {name: dict(block.chosen) for name, block in blocks if getattr(block, "chosen", None)}
+
+
+def restore_plans(model: nn.Module, plans: Chosen) -> None:
     """Settle on what `chosen_plans` returned, so that nothing is chosen anew."""
     for name, chosen in plans.items():
         model.get_submodule(name).chosen.update(chosen)

@@ -9,7 +9,7 @@ it hands back is already masked and summed for the block before, whoever compute
 """
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kernels.choices import key_for
 from kernels.conv_dgrad import Before
 from kernels.launch import nhwc
 from kernels.select import Job, choose
+from kernels.shapes import conv_out
 from models.trunk import PLANS, Block, Conv, arrive, backward_block, forward_block
 
 BASELINE = "P1"
@@ -44,7 +45,7 @@ def site_of(block: Block, shape: Shape) -> tuple[Site, Shape]:
     )
     n, _, h, w = shape
     for _, r, stride, padding in geometry[: len(block.convs)]:
-        h, w = ((size + 2 * padding - r) // stride + 1 for size in (h, w))
+        h, w = (conv_out(size, r, stride, padding) for size in (h, w))
     dtype, has_shortcut = convs[0].weight.dtype, block.shortcut is not None
     site = (shape, geometry, block.acts, has_shortcut, block.adds, dtype)
     return site, (n, block.convs[-1].weight.shape[0], h, w)
@@ -56,21 +57,15 @@ def choose_plans(sites: Sequence[Site], device: torch.device, measure: bool) -> 
     shipped counts."""
     if device.type != "cuda":
         return [BASELINE] * len(sites)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    distinct = tuple(dict.fromkeys(sites))
-    names = _chosen(distinct, device, measure, deterministic)
-    chosen = dict(zip(distinct, names, strict=True))
-    return [chosen[site] for site in sites]
-
-
-@cache  # asked at every step
-def _chosen(
-    sites: tuple[Site, ...], device: torch.device, measure: bool, deterministic: bool
-) -> tuple[str, ...]:
-    jobs = [job_for(site, device) for site in sites]
-    with torch.autocast(device.type, enabled=False), torch.enable_grad():
-        choices = choose(jobs, measure=measure, deterministic=deterministic)
-    return tuple(choice.winner for choice in choices)
+    jobs = {site: job_for(site, device) for site in sites}
+    with torch.autocast(device.type, enabled=False):
+        choices = choose(
+            list(jobs.values()),
+            measure=measure,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
+    winners = {site: choice.winner for site, choice in zip(jobs, choices, strict=True)}
+    return [winners[site] for site in sites]
 
 
 def job_for(site: Site, device: torch.device) -> Job:
@@ -112,7 +107,7 @@ def _make_inputs(site: Site, device: torch.device, number: int) -> dict[str, Any
     norm = Norm(*channels(c), mean, var, 1e-5)
     y, mask = bn_passes.forward(x, norm, residual, None, "relu")
     for _, r, stride, padding in geometry[: len(geometry) - has_shortcut]:
-        h, w = ((size + 2 * padding - r) // stride + 1 for size in (h, w))
+        h, w = (conv_out(size, r, stride, padding) for size in (h, w))
     k = geometry[-1][0]
     dy = nhwc(draw(n, k, h, w).to(dtype))
     return {"h": y, "before": Before(x, norm, "relu", mask=mask), "convs": convs, "dy": dy}

@@ -133,6 +133,11 @@ def _convolve(plan: Plan, h: Tensor | Normed, conv: Conv) -> tuple[Tensor, Norm]
     else:
         x = aten.convolution(h, conv.weight, None, *_geometry(conv))
         statistics = bn_stats.statistics(x)[:, 0]
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            f"batch statistics need more than one value per channel, got {tuple(x.shape)}; "
+            "use larger batches or pictures"
+        )
     return x, Norm(conv.gamma, conv.beta, statistics[0], statistics[1], conv.eps)
 
 
@@ -146,12 +151,17 @@ def _geometry(conv: Conv) -> tuple:
 
 
 def backward_block(
-    block: Block, units: list[Unit], arriving: Arriving, before: Before | None
-) -> tuple[Arriving | Tensor, list[Tensor]]:
+    block: Block,
+    units: list[Unit],
+    arriving: Arriving,
+    before: Before | None,
+    wanted: bool = True,
+) -> tuple[Arriving | Tensor | None, list[Tensor]]:
     """The launches of one block's backward; `before` is how the block's input was made.
 
-    Returns what arrives at `before`, or without one the gradient of the block's input; and the
-    gradients dW, dgamma, dbeta of every convolution in order, the shortcut's last.
+    Returns what arrives at `before`, or without one the gradient of the block's input, or None
+    where that is not `wanted`; and the gradients dW, dgamma, dbeta of every convolution in order,
+    the shortcut's last.
     """
     plan, first, dz = block.plan, units[0].h, arriving.gradient
     parameters: list[Tensor] = []
@@ -160,11 +170,13 @@ def backward_block(
         (h, made), conv = units[index], block.convs[index]
         dx, dr, dnorm = _norm_backward(plan, arriving, made)
         if dr is not None:
-            fork = _data_gradient(plan, dr, block.shortcut, first, None)
+            fork = _data_gradient(plan, dr, block.shortcut, first, None) if wanted else None
             parameters += [_weight_gradient(plan, dr, first, block.shortcut), *dnorm[2:]]
         parameters = [_weight_gradient(plan, dx, h, conv), *dnorm[:2], *parameters]
         if index:
             arriving = _data_gradient(plan, dx, conv, h, units[index - 1].made)
+    if not wanted:
+        return None, parameters
     return _data_gradient(plan, dx, block.convs[0], first, before, fork), parameters
 
 
@@ -227,6 +239,7 @@ class _Trunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, blocks: Sequence[Block], saved: list[list[Unit]], h: Tensor, *parameters):
         h = nhwc(h)
+        ctx.save_for_backward(h, *parameters)  # for the check that nobody writes into them
         for block in blocks:
             h, units = forward_block(block, h)
             saved.append(units)
@@ -237,17 +250,19 @@ class _Trunk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        saved, gradients = ctx.saved, []
+        _, saved, gradients = ctx.saved_tensors, ctx.saved, []
         if saved is None:
             raise RuntimeError(
-                "the trunk's activations are freed: a second backward needs a second forward"
+                "the trunk frees its activations in the backward: for a second one run the forward "
+                'again, or use set_backend(model, "eager")'
             )
         ctx.saved = None
-        arriving = arrive(dy, saved[-1][-1].made)
+        arriving = arrive(nhwc(dy), saved[-1][-1].made)
         for block in reversed(ctx.blocks):
             units = saved.pop()  # freed as soon as the block is done
             before = saved[-1][-1].made if saved else None
-            arriving, parameters = backward_block(block, units, arriving, before)
+            wanted = bool(saved) or ctx.needs_input_grad[2]
+            arriving, parameters = backward_block(block, units, arriving, before, wanted)
             gradients = parameters + gradients
         return None, None, arriving, *cast(gradients, ctx.kinds)
 
@@ -283,9 +298,4 @@ def run(
         found += [*(made.norm for _, made in units), *shortcuts]
         sizes = [made.x.numel() // made.x.shape[1] for _, made in units]
         counts += [*sizes, *sizes[-1:] * len(shortcuts)]
-    if 1 in counts:
-        raise ValueError(
-            f"batch statistics need more than one value per channel, got {tuple(y.shape)}; "
-            "use larger batches or pictures"
-        )
     return y, found, counts

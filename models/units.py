@@ -26,7 +26,7 @@ def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Modul
     for module in model.modules():
         if isinstance(module, BatchNormAct):
             module.backend = backend
-        elif hasattr(module, "chain"):
+        elif isinstance(module, TrunkBlock):
             module.plan, module.chosen = plan, {}
     return model
 
@@ -42,6 +42,18 @@ def hooked(module: nn.Module) -> bool:
     """Whether somebody watches the module: it must then be called, and see its own tensors."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+class TrunkBlock(nn.Module):
+    """A block that is a chain of convolutions and norms, with or without a shortcut: the trunk can
+    train it without calling its `forward`, which must say the same."""
+
+    adds = False  # whether the input, or `downsample` of it, is added before the last activation
+    downsample: nn.Sequential | None  # a convolution and a norm
+
+    def chain(self) -> "tuple[tuple[nn.Conv2d, BatchNormAct], ...]":
+        """The convolutions and norms that follow one another."""
+        raise NotImplementedError
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -154,9 +166,10 @@ class BatchNormAct(nn.BatchNorm2d):
         if not self._tracks:
             return
         buffers = (self.running_mean, self.running_var, self.num_batches_tracked)
-        if self.backend == "triton":
+        if self.backend == "triton" and self.running_mean.dtype == torch.float32:
             track(*buffers, mean, var, count, self.momentum)
             return
+        mean, var = mean.to(self.running_mean.dtype), var.to(self.running_var.dtype)
         self.num_batches_tracked.add_(1)
         weight = 1.0 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, weight)
@@ -240,6 +253,7 @@ def takes(conv: nn.Module, x: Tensor) -> bool:
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
+        and conv.kernel_size[0] == conv.kernel_size[1]
         and conv.stride[0] == conv.stride[1]
         and isinstance(conv.padding, tuple)
         and conv.padding[0] == conv.padding[1]

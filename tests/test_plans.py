@@ -102,7 +102,7 @@ def test_a_block_can_be_told_its_plan(monkeypatch):
         return run(blocks, *rest)
 
     monkeypatch.setattr(trunk, "run", listening)
-    model.layer2[0].plan = "P3"
+    set_backend(model.layer2, "triton", "P3")
     with torch.autocast(DEVICE.type, torch.bfloat16):
         model.to(DEVICE)(torch.randn(2, 3, 32, 32, device=DEVICE))
     assert seen[1] == "P3"
@@ -119,9 +119,14 @@ def test_a_resume_does_not_choose_anew(monkeypatch):
 
     step(model, 3)
     found = chosen_plans(model)
-    assert found == {f"layer{number}.0": {"16x8x8": "P3"} for number in range(1, 5)}
+    ((key, largest),) = found["layer1.0"].items()
+    assert key.startswith("16x8x8 bfloat16")
+    assert found == {f"layer{number}.0": {key: (3, "P3")} for number in range(1, 5)}
+    assert largest == (3, "P3")
     other = set_backend(build_model("micro_resnet"), "triton", "measure").to(DEVICE)
     restore_plans(other, found)
     monkeypatch.setattr(plans, "choose_plans", None)
     step(other, 2)
     assert chosen_plans(other) == found
+    with pytest.raises(TypeError):
+        step(other, 4)  # a larger batch asks again

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
 from kernels.launch import record
@@ -24,7 +25,9 @@ def bottleneck(c_in, c_out, stride, act):
     if stride != 1 or c_in != c_out:
         conv = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
         downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
-    return Bottleneck(c_in, c_out // 4, stride, downsample)
+    block = Bottleneck(c_in, c_out // 4, stride, downsample)
+    block.relu = {"relu": nn.ReLU, "silu": nn.SiLU}[act]()
+    return block
 
 
 def make_chain(cls, act="relu"):
@@ -55,11 +58,15 @@ def outcome(run, model, x, dy):
 
 
 @pytest.mark.parametrize("plan", trunk.PLANS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "act"), [(torch.float32, "relu"), (torch.bfloat16, "silu")], ids=["float32", "bf16"]
+)
 @pytest.mark.parametrize("cls", [PlainBlock, BasicBlock, bottleneck])
-def test_every_plan_matches_float64(cls, dtype, plan, generator):
+def test_every_plan_matches_float64(cls, dtype, act, plan, generator):
+    """In 16 bits without a mask: one that falls on the other side moves a small tensor by percents,
+    by luck in ours or in eager's, and would hide what is wrong."""
     torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    blocks = make_chain(cls)
+    blocks = make_chain(cls, act)
     x = torch.randn(2, 32, 7, 6, generator=generator).to(DEVICE, dtype)
     dy = torch.randn(2, 64, 4, 3, generator=generator).to(DEVICE)
     eager = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE, dtype)
@@ -71,17 +78,12 @@ def test_every_plan_matches_float64(cls, dtype, plan, generator):
     truth = outcome(lambda m, x: m(x), exact, x.double(), dy.double())
     theirs = outcome(lambda m, x: m(x), eager, x, dy)
     found = outcome(lambda m, x: run_trunk(list(m), x), ours.float(), x, dy)
-    ratios = []
+    deep = 5e-2 if cls is bottleneck else 1e-2  # nine convolutions in a row
+    slack = 1e-5 if dtype == torch.float32 else deep
     for name, value in truth.items():
         assert found[name].dtype == (dtype if name in ("y", "dx") else torch.float32)
-        size = value.norm()
-        away, allowed = ((f[name].double() - value).norm() / size for f in (found, theirs))
-        ratios.append((away, allowed))
-        assert dtype != torch.float32 or away <= 2 * allowed + 1e-5, name
-    # in 16 bits a mask that falls on the other side moves a tensor by percents, by luck in one of
-    # the two: all tensors together
-    away, allowed = torch.tensor(ratios).square().mean(0).sqrt()
-    assert away <= 2.5 * allowed + 1e-5
+        away, allowed = ((f[name].double() - value).norm() for f in (found, theirs))
+        assert away <= 2 * allowed + slack * value.norm(), name
     for (key, value), expected in zip(
         ours.named_buffers(), dict(exact.named_buffers()).values(), strict=True
     ):
@@ -206,10 +208,32 @@ def grouped(block):
     block.conv1 = nn.Conv2d(16, 16, 3, padding=1, groups=2, bias=False)
 
 
+def oblong(block):
+    block.conv1 = nn.Conv2d(16, 16, (3, 1), padding=(1, 0), bias=False)
+
+
 def longer_shortcut(block):
     conv = nn.Conv2d(16, 16, 1, bias=False)
     norm = set_backend(units.BatchNormAct(16, "identity"), "triton")
     block.downsample = nn.Sequential(nn.AvgPool2d(1), conv, norm)
+
+
+class Scaled(BasicBlock):
+    def forward(self, x):
+        return 0.1 * super().forward(x)
+
+
+def overridden(block):
+    block.__class__ = Scaled
+
+
+def replaced(block):
+    forward = block.forward
+    block.forward = lambda x: 0.1 * forward(x)
+
+
+def narrow_statistics(block):
+    block.bn2.to(torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -218,25 +242,65 @@ def longer_shortcut(block):
         (frozen, "a norm has frozen statistics"),
         (hooked, "a hook watches them"),
         (grouped, "do not take a convolution of theirs"),
+        (oblong, "do not take a convolution of theirs"),
         (longer_shortcut, "more than a convolution and a norm"),
+        (overridden, "their forward is not the one"),
+        (replaced, "their forward is not the one"),
+        (narrow_statistics, "running statistics are not in float32"),
     ],
 )
 def test_a_block_that_the_trunk_does_not_know_runs_by_itself_and_says_so(change, reason):
     torch.manual_seed(0)
     model = on_plan([BasicBlock(16, 16, 1, "relu") for _ in range(3)], "P1")
-    change(model[1].to("cpu"))
+    change(model[1])
     model = model.to(DEVICE)
     x = torch.randn(2, 16, 5, 5, device=DEVICE).bfloat16()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         with pytest.warns(UserWarning, match=f"1 blocks train one by one: .*{reason}"):
             y = run_layers([model], x)
         torch.testing.assert_close(y, model(x), rtol=3e-2, atol=3e-2)
-    names = [type(node).__name__ for node in graph_of(y.grad_fn)]
-    assert names.count("_TrunkBackward") == 2
+    assert trunks(y) == 2
+
+
+def under_autocast(model, x):
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        with pytest.warns(UserWarning, match="stay in that type"):
-            wide = run_layers([model[:1]], x.float())
-        assert wide.dtype == model[:1](x.float()).dtype == torch.float32
+        return run_layers([model], x)
+
+
+def test_what_autograd_promises_is_kept_or_refused():
+    model = on_plan([BasicBlock(16, 16, 1, "relu") for _ in range(2)], "P1")
+    x = torch.randn(2, 16, 5, 5, device=DEVICE)
+    with pytest.warns(UserWarning, match="additions to an input in torch.float32"):
+        assert under_autocast(model, x).dtype == torch.float32
+    x = x.bfloat16()
+    with pytest.warns(UserWarning, match="what they save is watched"):
+        y = checkpoint(under_autocast, model, x, use_reentrant=False)
+    assert trunks(y) == 0
+    y = under_autocast(model, x)
+    with torch.no_grad():
+        model[0].bn1.weight += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = under_autocast(model, x)
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="frees its activations"):
+        y.sum().backward()
+
+
+def test_frozen_layers_are_not_part_of_the_trunk():
+    model = on_plan([BasicBlock(16, 16, 1, "relu") for _ in range(3)], "P3")
+    model[:2].requires_grad_(False)
+    y = under_autocast(model, torch.randn(2, 16, 5, 5, device=DEVICE).bfloat16())
+    assert trunks(y) == 1
+    assert len(y.grad_fn.blocks) == 1
+    with record() as recording:
+        y.sum().backward()
+    names = [launch.kernel.__name__ for launch in recording.launches]
+    assert names.count("_data_gradient_kernel") == 1  # the first convolution's input needs none
+
+
+def trunks(y):
+    return [type(node).__name__ for node in graph_of(y.grad_fn)].count("_TrunkBackward")
 
 
 def graph_of(node):
@@ -247,15 +311,6 @@ def graph_of(node):
             seen.add(node)
             stack += [after for after, _ in node.next_functions]
     return seen
-
-
-def test_a_second_backward_is_refused():
-    model = on_plan([PlainBlock(16, 16, 1, "relu")], "P1")
-    x = torch.randn(2, 16, 5, 5, device=DEVICE, dtype=torch.bfloat16)
-    loss = run_trunk(list(model), x).float().sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="activations are freed"):
-        loss.backward()
 
 
 def test_one_value_per_channel_is_refused():

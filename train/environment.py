@@ -47,6 +47,8 @@ def prepare(config: RunConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # it would write NaN into every new tensor, in every step
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def default_workers(device: torch.device) -> int:

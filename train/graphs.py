@@ -70,7 +70,7 @@ class CapturedStep:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         """Record the step on copies of `inputs`; what it changes is as before, random state too."""
-        tqdm.write("compiling the kernels and capturing the step: up to half a minute, once")
+        tqdm.write("compiling the kernels and capturing the step, once: half a minute or so")
         tensors = self.step.tensors()
         before = [tensor.clone() for tensor in tensors]
         static = [value.clone() for value in inputs]

@@ -83,6 +83,7 @@ class Training:
         self.model = model
         self.config = config
         self.device = next(model.parameters()).device
+        self.on_cuda = self.device.type == "cuda"
         self.amp_dtype = amp_dtype
         self.mixup_alpha = mixup_alpha
         self.seed = seed
@@ -117,7 +118,7 @@ class Training:
     def _mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         lam, partner = mixup(size, self.mixup_alpha, seed=self.seed, epoch=epoch, batch=number)
         partner = torch.from_numpy(partner)
-        if self.device.type == "cuda":  # from memory that is not pinned, a copy would wait
+        if self.on_cuda:  # from memory that is not pinned, a copy would wait
             partner = partner.pin_memory().to(self.device, non_blocking=True)
         # in 256ths both shares are exact in 16 bits: pixels and labels are mixed alike
         return partner, torch.full((), round(256 * lam) / 256, device=self.device)
@@ -145,7 +146,9 @@ class Training:
             "scale": self.step.scale.tensors(),
             "steps": self.steps,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "cuda_rng": [torch.cuda.get_rng_state(self.device)]
+            if self.device.type == "cuda"
+            else [],
             "history": self.history,
             "best": self.best,
         }
@@ -165,6 +168,6 @@ class Training:
         self.steps = state["steps"]
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+            torch.cuda.set_rng_state(state["cuda_rng"][0], self.device)
         self.history = state["history"]
         self.best = state["best"]
