@@ -26,6 +26,8 @@ class CudaGraph:
 
         Raises RuntimeError when something in it cannot be captured.
         """
+        # gradients are accumulated on the capture's stream, and nothing on another waits for them
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         try:
