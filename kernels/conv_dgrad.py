@@ -171,7 +171,7 @@ def _data_gradient_kernel(
     partials_ptr, rows,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
-    GRADIENT: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # channels run fastest: the programs that read one stretch of dy run together, W stays in L2
@@ -220,7 +220,7 @@ def _data_gradient_kernel(
             w_inside = w_inside & (c < C)[None, :]
         at = dy_at + (first_k - (r * Q + s) * K)
         dy = tl.load(dy_ptr + at, mask=dy_inside, other=0.0)
-        if GRADIENT:
+        if coefficients_ptr is not None:
             dy_x = tl.load(dy_x_ptr + at, mask=dy_inside, other=0.0)
             cols = (first_k + k)[None, :]
             mean, a, b, constant = load_coefficients(dy_mean_ptr, coefficients_ptr, cols, K)
@@ -281,18 +281,17 @@ def data_gradient(
         partials = torch.empty((sums, tiles, c), dtype=torch.float32, device=dz.device)
     if not rows:
         return dx, partials
-    made_of, made = gradient_arguments(dy, dz)
     fork = None if fork is None else nhwc(fork)
     sizes = {"H": h, "W": w, "C": c, "K": k, "P": p, "Q": q, "R": r, "S": s}
     steps = {"STRIDE": stride, "PAD": padding}
-    flags = {"GRADIENT": made, "ACT": act, "RESIDUAL": kind}
+    flags = {"ACT": act, "RESIDUAL": kind}
     # a power of two that divides K where there is one from 16 up: no masked filters
     block_k = min(tile.block_k, max(16, k & -k))
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": block_k}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if made:
+    if isinstance(dy, Gradient):
         options["maxnreg"] = 255  # left alone, ptxas may aim at 128 and spill
-    args = (dz, *made_of, weight, dx, fork, *unit, partials, rows)
+    args = (dz, *gradient_arguments(dy), weight, dx, fork, *unit, partials, rows)
     grid = (tiles * cdiv(c, tile.block_n),)
     run(_data_gradient_kernel, grid, *args, **sizes, **steps, **flags, **blocks, **options)
     return dx, partials

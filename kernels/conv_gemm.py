@@ -20,7 +20,7 @@ from kernels.activation import activate
 from kernels.bn_checks import Norm
 from kernels.bn_stats import store_partial
 from kernels.bn_sums import affine, load, normalized
-from kernels.conv_prologue import Normed, normed, stored_h
+from kernels.conv_prologue import NO_NORM, Normed, norm_arguments, normed, stored_h
 from kernels.launch import (
     capability,
     cdiv,
@@ -39,7 +39,6 @@ from kernels.spec import Cost, Inputs, Shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMAGE_CHANNELS = 4  # what C <= 4 is padded to
-NO_NORM = (None, None, None, None, 0.0)
 # [N, C, H, W, K, R, stride, padding] at batch 32
 SITES = tuple((32, s.c, s.h, s.w, s.k, s.r, s.stride, s.padding) for s in RESNET34)
 
@@ -179,6 +178,18 @@ def _pack(x: torch.Tensor, columns: int, padding: int) -> torch.Tensor:
     return packed
 
 
+def packed_image(
+    x: torch.Tensor, q: int, s: int, stride: int, padding: int
+) -> tuple[torch.Tensor, int, int]:
+    """Launch the copy of images x for a convolution of S columns with Q outputs a row: [N, H,
+    columns, 4] with the left and right padding in place; returns it, its columns, and how many of
+    them a filter row takes as one tap."""
+    taps = s + -s % 4  # their channels fill 16-byte loads
+    columns = (q - 1) * stride + taps
+    columns += columns % 2  # rows start at 16 bytes
+    return _pack(x, columns, padding), columns, taps
+
+
 def convolve(
     h: torch.Tensor | Normed,
     weight: torch.Tensor,
@@ -198,15 +209,12 @@ def convolve(
     (_, c, height, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
     pad_w, pixel = padding, c
     if c <= IMAGE_CHANNELS:
-        taps = s + -s % 4  # columns a filter row takes: their channels fill 16-byte loads
-        w = (q - 1) * stride + taps
-        w += w % 2  # rows start at 16 bytes
-        x, weight = _pack(x, w, padding), _pack(weight, taps, 0)
+        x, w, taps = packed_image(x, q, s, stride, padding)
+        weight = _pack(weight, taps, 0)
         c, s, pad_w, pixel = taps * IMAGE_CHANNELS, 1, 0, IMAGE_CHANNELS
-    in_norm, in_act = NO_NORM, ""
+    in_norm, in_act = norm_arguments(h)
     if isinstance(h, Normed):
         # x passes through registers on its way: more of them, and less of it a step, or they spill
-        in_norm, in_act = h.norm, h.act
         tile = replace(tile, block_k=min(tile.block_k, 64), warps=8)
     residual = None if residual is None else nhwc(residual)
     args = (x, *in_norm, weight, y, partials, *(norm or NO_NORM), residual, n * p * q)

@@ -18,6 +18,8 @@ from kernels.bn_sums import load, preactivation
 from kernels.launch import nhwc, tl, triton
 from kernels.numerics import rounded
 
+NO_NORM = (None, None, None, None, 0.0)
+
 
 class Normed(NamedTuple):
     """h [N, C, H, W] = act(norm(x)): x the raw output of the convolution before, [N, C, H, W], act
@@ -51,22 +53,16 @@ def stored_dy(dy: torch.Tensor | Gradient) -> torch.Tensor:
     return nhwc(dy.dz if isinstance(dy, Gradient) else dy)
 
 
-def norm_arguments(
-    h: torch.Tensor | Normed, x: torch.Tensor
-) -> tuple[tuple[torch.Tensor | float, ...], str]:
-    """(weight, bias, mean, var, eps) for a kernel and act; of a stored h, x in place of the unused
-    pointers and "", no prologue."""
-    return (h.norm, h.act) if isinstance(h, Normed) else ((x, x, x, x, 0.0), "")
+def norm_arguments(h: torch.Tensor | Normed) -> tuple[tuple[torch.Tensor | float | None, ...], str]:
+    """(weight, bias, mean, var, eps) and act for a kernel; Nones and "" where h is stored."""
+    return (h.norm, h.act) if isinstance(h, Normed) else (NO_NORM, "")
 
 
-def gradient_arguments(
-    dy: torch.Tensor | Gradient, dz: torch.Tensor
-) -> tuple[tuple[torch.Tensor, ...], bool]:
-    """(x, mean, coefficients) for a kernel and whether there is a prologue; of a stored dy, dz in
-    place of the unused pointers."""
+def gradient_arguments(dy: torch.Tensor | Gradient) -> tuple[torch.Tensor | None, ...]:
+    """(x, mean, coefficients) for a kernel; Nones where dy is stored."""
     if isinstance(dy, Gradient):
-        return (nhwc(dy.x), dy.mean, dy.coefficients), True
-    return (dz,) * 3, False
+        return nhwc(dy.x), dy.mean, dy.coefficients
+    return None, None, None
 
 
 @triton.jit

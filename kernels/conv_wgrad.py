@@ -21,7 +21,7 @@ import torch
 
 from kernels.bn_checks import Norm
 from kernels.bn_sums import affine
-from kernels.conv_gemm import IMAGE_CHANNELS, SITES, _pack, empty_output, make_conv_inputs
+from kernels.conv_gemm import IMAGE_CHANNELS, SITES, empty_output, make_conv_inputs, packed_image
 from kernels.conv_prologue import (
     Gradient,
     Normed,
@@ -84,7 +84,7 @@ def _wgrad_kernel(
     dw_ptr, rows, part,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
     Q: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, PIXEL: tl.constexpr, GRADIENT: tl.constexpr, ACT: tl.constexpr,
+    PAD_W: tl.constexpr, PIXEL: tl.constexpr, ACT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = R * S * C
@@ -98,9 +98,9 @@ def _wgrad_kernel(
     r = column // (S * C)
     s = column // C % S
     c = column % C
-    if GRADIENT:
+    if coefficients_ptr is not None:
         dy_mean, a, b, constant = load_coefficients(dy_mean_ptr, coefficients_ptr, k, K)
-    if ACT != "":
+    if mean_ptr is not None:
         mean, scale, shift = affine(weight_ptr, bias_ptr, mean_ptr, var_ptr, c, C, eps)
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
     for first in range(index * part, tl.minimum((index + 1) * part, rows), BLOCK_M):
@@ -110,7 +110,7 @@ def _wgrad_kernel(
             dy_inside = dy_inside & (k < K)
         at = m.to(tl.int64)[None, :] * K + k
         dy = tl.load(dy_ptr + at, mask=dy_inside, other=0.0)
-        if GRADIENT:
+        if coefficients_ptr is not None:
             dy_x = tl.load(dy_x_ptr + at, mask=dy_inside, other=0.0)
             dy = gradient(dy, dy_x, dy_inside, dy_mean, a, b, constant)
 
@@ -126,7 +126,7 @@ def _wgrad_kernel(
             h_inside = h_inside & (column < COLUMNS)
         at = ((n * H + y) * W + x) * PIXEL + ((r * W + s) * PIXEL + c)
         h = tl.load(h_ptr + at, mask=h_inside, other=0.0)
-        if ACT != "":
+        if mean_ptr is not None:
             h = normed(h, h_inside, mean, scale, shift, ACT)
         acc = dot(dy, h, acc)
 
@@ -202,15 +202,12 @@ def weight_gradient(
     rows = n * p * q
     if not rows:
         return dw.zero_()
-    norm, act = norm_arguments(h, x)
-    made_of, made = gradient_arguments(dy, dz)
+    norm, act = norm_arguments(h)
     image = channels <= IMAGE_CHANNELS
     taps, c, pad_w, pixel = s, channels, padding, channels
     if image:  # as in the forward: a filter row is one tap of all its channels
-        taps, c = s + -s % 4, IMAGE_CHANNELS
-        width = (q - 1) * stride + taps
-        width += width % 2
-        x, pad_w, pixel = _pack(x, width, padding), 0, c
+        x, width, taps = packed_image(x, q, s, stride, padding)
+        c, pad_w, pixel = IMAGE_CHANNELS, 0, IMAGE_CHANNELS
     columns = r * taps * c
     tile = tile or tile_for(capability(x.device), k, x.dtype)
     tiles = cdiv(k, tile.block_k) * cdiv(columns, tile.block_n)
@@ -225,9 +222,8 @@ def weight_gradient(
     walk = {"STRIDE": stride, "PAD_H": padding, "PAD_W": pad_w, "PIXEL": pixel}
     blocks = {"BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    args = (dz, *made_of, x, *norm, partials, rows, part)
-    prologues = {"GRADIENT": made, "ACT": act}
-    run(_wgrad_kernel, (tiles * parts,), *args, **sizes, **walk, **prologues, **blocks, **options)
+    args = (dz, *gradient_arguments(dy), x, *norm, partials, rows, part)
+    run(_wgrad_kernel, (tiles * parts,), *args, **sizes, **walk, ACT=act, **blocks, **options)
     if summed:
         block_p = min(next_power_of_2(parts), 16)
         block = SUM_ELEMENTS // block_p
