@@ -1,0 +1,118 @@
+"""What is wrong with a folder of photos: `python -m train.data.check PATH [--out DIR]`.
+
+The findings go to the terminal, a line each with its cure; to `check.json`, which names all files;
+and to `check.html`, with thumbnails. The photos themselves are never changed.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from train.data import open_photos
+from train.data.check_page import LEVELS, write_page
+from train.data.examine import Examined, examine
+from train.data.findings import Finding, counted, findings, unusable
+from train.errors import DataError, LapisError
+from train.files import unwritable, write_atomically
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to check, and where the report goes."""
+
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
+    """A folder with train.csv + train/, a folder per class, or food101:PATH."""
+    out: Path | None = None
+    """Folder for check.json and check.html (default: runs/check-NAME)."""
+    debug: bool = False
+    """Show a traceback with errors."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check as the flags say; returns the exit code: 3 where the photos cannot be trained on."""
+    options = tyro.cli(Options, prog="python -m train.data.check", description=__doc__, args=argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal
+    try:
+        check(options.data, options.out)
+    except LapisError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check(data: str, out: Path | None = None) -> Examined:
+    """Examine the photos `data` names, print the findings and write the reports to `out`.
+
+    Raises DataError for photos nothing can be trained on (after the reports are written) and
+    DiskError where they cannot be written.
+    """
+    photos = open_photos(data)
+    out = out or Path("runs") / f"check-{photos.name}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+    examined = examine(photos)
+    found = findings(examined)
+    print(table(examined, found))
+    document = json.dumps(as_json(examined), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(out / "check.json", document.encode())
+    write_page(examined, found, out / "check.html")
+    print(f"thumbnails: {out / 'check.html'}, all names: {out / 'check.json'}")
+    if reason := unusable(examined):
+        raise DataError(reason)
+    return examined
+
+
+def table(examined: Examined, found: Sequence[Finding]) -> str:
+    """The findings as lines of text."""
+    photos, counts = examined.photos, examined.counts()
+    classes = ", ".join(f"{label} {n:,}" for label, n in counts.items())
+    lines = [f"{photos.name}: {counted(len(photos), 'photo')} of {len(counts)} classes ({classes})"]
+    for finding in found:
+        files = ", ".join(finding.files[:3]) + (", ..." if len(finding.files) > 3 else "")
+        what = f"{finding.what}: {len(finding.files):,} ({files})" if files else finding.what
+        lines.append(f"{LEVELS[finding.kind]:8} {what}; {finding.cure}")
+    if not found:
+        lines.append("nothing is wrong with these photos")
+    return "\n".join(map(_printable, lines))
+
+
+def _printable(line: str) -> str:
+    """File names may hold what moves a terminal's cursor."""
+    line = line.replace("\u00a0", " ")
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def as_json(examined: Examined) -> dict[str, Any]:
+    """What check.json holds. Groups are lists of file names; a group of near duplicates includes
+    the identical copies of its photos."""
+    names = examined.photos.files
+    return {
+        "images": len(examined.photos),
+        "classes": examined.counts(),
+        "exact_duplicate_groups": [[names[i] for i in group] for group in examined.exact],
+        "near_duplicate_groups": [[names[i] for i in group] for group in examined.near],
+        "conflicting_labels": [
+            [{"file": names[i], "label": examined.label(i)} for i in group]
+            for group in examined.conflicts
+        ],
+        "unreadable": [{"file": file, "reason": reason} for file, reason in examined.unreadable],
+        "suspect_labels": [],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
