@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from train.data import load_images, open_photos, split_photos
+from train.data.duplicates import photo_groups
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -22,13 +23,20 @@ def test_food5_has_its_published_duplicates_and_splits_without_leak(tmp_path):
     assert photos.excluded == ()
     split = split_photos(photos, val_fraction=0.2, kind="grouped", seed=0)
     assert (split.groups, split.leaked_share) == (539, 0.0)
+    pictures = photo_groups(photos, progress=False)
+    assert 430 <= len(set(pictures.tolist())) <= 445
+    with pytest.warns(UserWarning, match="a picture that is in train too"):
+        seen = split_photos(photos, pictures=pictures, val_fraction=0.2, kind="random", seed=0)
+    assert 0.6 < seen.leaked_share < 0.75
+    split = split_photos(photos, pictures=pictures, val_fraction=0.2, kind="grouped", seed=0)
+    assert split.leaked_share == 0.0
     assert (
         np.abs(np.bincount(photos.labels[split.val]) / np.bincount(photos.labels) - 0.2).max()
         < 0.01
     )
     train = {images[i].tobytes() for i in split.train}
     assert not [i for i in split.val if images[i].tobytes() in train]
-    with pytest.warns(UserWarning, match="identical photo"):
+    with pytest.warns(UserWarning, match="a picture that is in train too"):
         random = split_photos(photos, val_fraction=0.2, kind="random", seed=0)
     assert 0.5 < random.leaked_share < 0.65
 

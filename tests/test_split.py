@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from train import inputs
 from train.data import Photos, limit_photos, split_photos
+from train.data.dishes import DISHES
+from train.data.synthetic import draw
 from train.errors import UsageError
 
 
@@ -140,3 +143,32 @@ def test_a_limit_too_small_for_the_classes():
     photos = photos_of(list(range(20)), [i % 4 for i in range(20)], 4)
     with pytest.raises(UsageError, match="--limit 6"):
         limit_photos(photos, 6, seed=0)
+
+
+def test_groups_of_pictures_stay_together_and_count_as_one():
+    """Forty different files that show twenty pictures: nothing of a picture is on both sides, and a
+    random split is told what it leaks."""
+    photos = photos_of(list(range(40)), [i // 20 for i in range(40)], 2)
+    pictures = np.arange(40) // 2
+    split = split_photos(photos, pictures=pictures, val_fraction=0.25, seed=3)
+    assert not set(pictures[split.val]) & set(pictures[split.train])
+    assert (split.groups, split.duplicate_groups, split.leaked_share) == (20, 20, 0.0)
+    with pytest.warns(UserWarning, match="show a picture that is in train too"):
+        leaking = split_photos(photos, pictures=pictures, val_fraction=0.25, kind="random", seed=3)
+    assert leaking.leaked_share > 0.5
+
+
+def test_pictures_are_compared_once_and_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path))
+    drawn = [np.asarray(draw(0, sorted(DISHES)[i % len(DISHES)], i)) for i in range(6)]
+    squares = np.stack([*drawn, drawn[2][:, ::-1]])
+    photos = photos_of(list(range(7)), [0, 1, 0, 1, 0, 1, 0], 2)
+    found = inputs.pictures_of(squares, photos)
+    assert found[6] == found[2]
+    assert len(set(found.tolist())) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "picture_groups", None)
+        assert (inputs.pictures_of(squares, photos) == found).all()
+    (remembered,) = tmp_path.glob("*.pictures.json")
+    remembered.write_text("[0, 1")
+    assert (inputs.pictures_of(squares, photos) == found).all()

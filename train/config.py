@@ -45,7 +45,7 @@ class DataConfig:
     limit: int | None = None
     """Use only this many images, stratified by class, for a quick trial."""
     split: Literal["grouped", "random"] = "grouped"
-    """grouped keeps identical photos on one side; random reproduces published numbers, and
+    """grouped keeps all copies of a picture on one side; random reproduces published numbers, and
     leaks."""
     val_fraction: float = 0.2
     """Share of the images kept for validation; 0 trains on all of them."""

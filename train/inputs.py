@@ -3,19 +3,24 @@
 import csv
 import hashlib
 import io
+import json
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from train.config import Config
 from train.data import Photos, Split, limit_photos, load_images, open_photos, split_photos
+from train.data.cache import default_cache_dir
+from train.data.duplicates import picture_groups, thumbnail
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, upload
 from train.environment import default_workers
 from train.errors import CheckpointError
+from train.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,13 @@ def load_inputs(config: Config) -> Inputs:
     # augmentation crops and turns: it finds some margin around the picture
     store = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
     images, photos = load_images(photos, store)
-    split = split_photos(photos, val_fraction=data.val_fraction, kind=data.split, seed=seed)
+    split = split_photos(
+        photos,
+        pictures=pictures_of(images, photos),
+        val_fraction=data.val_fraction,
+        kind=data.split,
+        seed=seed,
+    )
     return Inputs(images, photos, split)
 
 
@@ -80,6 +91,24 @@ def resident_pixels(
         return upload(inputs.images, device), f"{size / 1e9:.2f} GB of pixels stay there"
     except torch.OutOfMemoryError:
         return None, f"the GPU has no {size / 1e9:.1f} GB free for the photos"
+
+
+def pictures_of(images: np.ndarray, photos: Photos) -> np.ndarray:
+    """int64 [N], equal for photos that show one picture, found once for a set of photos and
+    remembered in the cache folder; images uint8 [N, S, S, 3] are their squares."""
+    kind = f"pictures 1 {images.shape[1]}"  # a change of how they are compared makes a new number
+    key = hashlib.sha256("\n".join([kind, *photos.digests]).encode()).hexdigest()
+    path = default_cache_dir() / f"{key[:32]}.pictures.json"
+    try:
+        found = np.array(json.loads(path.read_bytes()), dtype=np.int64)
+    except (OSError, ValueError):
+        found = None
+    if found is None or found.shape != (len(photos),):
+        squares = np.stack([thumbnail(Image.fromarray(square)) for square in images])
+        contents = np.unique(np.asarray(photos.digests), return_inverse=True)[1]
+        found = picture_groups(squares, contents)
+        write_atomically(path, json.dumps(found.tolist()).encode())
+    return found
 
 
 def make_loaders(

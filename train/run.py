@@ -239,7 +239,7 @@ def _announce(inputs: Inputs) -> None:
     print(
         f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
         f"{len(split.train)} train, {len(split.val)} validation; "
-        f"{split.duplicate_groups} photos occur more than once"
+        f"{split.duplicate_groups} pictures occur more than once"
     )
 
 

@@ -192,7 +192,11 @@ def _leaks(photos: Photos, same: np.ndarray, alike: np.ndarray) -> Iterator[Leak
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the leak that is measured here
             split = split_photos(
-                photos, val_fraction=DataConfig().val_fraction, kind=kind, seed=RunConfig().seed
+                photos,
+                pictures=alike,
+                val_fraction=DataConfig().val_fraction,
+                kind=kind,
+                seed=RunConfig().seed,
             )
         train, val = split.train, split.val
         yield Leak(kind, leaked_share(same, train, val), leaked_share(alike, train, val))

@@ -1,7 +1,8 @@
 """Which photos validate: stratified by class, and by default never apart from a twin.
 
-A random split of a set with byte-identical copies puts the same photo on both sides, and the
-validation accuracy then measures memory. The grouped split moves all copies together.
+A random split of a set with copies puts the same picture on both sides, and the validation
+accuracy then measures memory. The grouped split moves all copies together: identical files, and
+where `duplicates` has compared the pictures also crops, mirrored and re-encoded ones.
 """
 
 import warnings
@@ -19,8 +20,8 @@ from train.errors import UsageError
 class Split:
     """Indices into `photos` for training and validation (int64, sorted), and what they share.
 
-    groups            different contents; duplicate_groups: those with more than one file
-    leaked_share      share of validation photos with an identical one in train, 0 to 1
+    groups            different pictures; duplicate_groups: those with more than one file
+    leaked_share      share of validation photos whose picture is in train too, 0 to 1
     """
 
     photos: Photos = field(repr=False)
@@ -41,19 +42,23 @@ class Split:
 def split_photos(
     photos: Photos,
     *,
+    pictures: np.ndarray | None = None,
     val_fraction: float = 0.2,
     kind: Literal["grouped", "random"] = "grouped",
     seed: int = 0,
 ) -> Split:
     """A stratified split: each class gives about `val_fraction` of its photos to validation.
 
-    Every class that can (two photos; grouped: two different photos) stands on both sides.
-    `random` ignores identical photos, and warns with the share that leaks.
+    pictures: int [N], equal for photos of one picture (`duplicates.photo_groups`); None knows only
+        identical files.
+    Every class that can (two photos; grouped: two different pictures) stands on both sides.
+    `random` ignores copies, and warns with the share that leaks.
     Raises UsageError for a fraction outside [0, 1).
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction} is not in [0, 1): 0.2 is usual.")
-    contents = np.unique(np.asarray(photos.digests), return_inverse=True)[1]
+    shown = np.asarray(photos.digests) if pictures is None else pictures
+    contents = np.unique(shown, return_inverse=True)[1]
     sizes = np.bincount(contents)
     groups = contents if kind == "grouped" else np.arange(len(photos))
     in_val = np.zeros(len(photos), dtype=bool)
@@ -68,8 +73,8 @@ def split_photos(
     leaked_share = float(leaked.mean()) if leaked.size else 0.0
     if leaked_share:
         warnings.warn(
-            f"--split {kind}: {leaked_share:.0%} of the validation photos have an identical photo "
-            "in train, so their accuracy is too high; --split grouped keeps twins together.",
+            f"--split {kind}: {leaked_share:.0%} of the validation photos show a picture that is "
+            "in train too, so their accuracy is too high; --split grouped keeps twins together.",
             stacklevel=2,
         )
     return Split(
