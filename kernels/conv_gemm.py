@@ -37,7 +37,6 @@ from kernels.numerics import dot, rounded
 from kernels.shapes import RESNET34, conv_out
 from kernels.spec import Cost, Inputs, Shape
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMAGE_CHANNELS = 4  # what C <= 4 is padded to
 # [N, C, H, W, K, R, stride, padding] at batch 32
 SITES = tuple((32, s.c, s.h, s.w, s.k, s.r, s.stride, s.padding) for s in RESNET34)
@@ -164,6 +163,7 @@ def _programs(tile: Tile, rows: int, filters: int) -> int:
 
 
 def choose(x: torch.Tensor, filters: int, rows: int) -> Tile:
+    """The tile for a product of `rows` pixels and `filters` columns in x's type, on its device."""
     tiles = tiles_for(capability(x.device), filters, x.dtype)
     full = (t for t in tiles if _programs(t, rows, filters) >= multiprocessors(x.device))
     return next(full, tiles[-1])
@@ -229,6 +229,7 @@ def convolve(
 
 
 def empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> torch.Tensor:
+    """Uninitialised y [N, K, P, Q] of conv(x), channels-last in x's type."""
     (n, _, h, w), (k, _, r, s) = x.shape, weight.shape
     p, q = conv_out(h, r, stride, padding), conv_out(w, s, stride, padding)
     return empty_nhwc(n, k, p, q, like=x)
@@ -237,6 +238,8 @@ def empty_output(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: in
 def prepared(
     x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, C, H, W] in autocast's type where it is on, weight [K, C, R, S] in x's. Raises
+    ValueError for what the kernels do not take."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     check_image("x", x)

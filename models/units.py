@@ -5,6 +5,8 @@ activation); a unit decides how. Parameters and buffers are those of `nn.Conv2d`
 `nn.BatchNorm2d`, so a state_dict is the same whatever the backend.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,9 +53,7 @@ class TrunkBlock(nn.Module):
     adds = False  # whether the input, or `downsample` of it, is added before the last activation
     downsample: nn.Sequential | None  # a convolution and a norm
 
-    def chain(self) -> "tuple[tuple[nn.Conv2d, BatchNormAct], ...]":
-        """The convolutions and norms that follow one another."""
-        raise NotImplementedError
+    chain: "Callable[[], tuple[tuple[nn.Conv2d, BatchNormAct], ...]]"  # what follows one another
 
 
 class BatchNormAct(nn.BatchNorm2d):
