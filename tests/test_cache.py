@@ -237,3 +237,8 @@ def test_default_folder(monkeypatch, tmp_path):
     assert cache.default_cache_dir() == Path.home() / ".cache" / "lapis"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert cache.default_cache_dir() == Path.home() / "Library" / "Caches" / "lapis"
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
+    assert cache.default_cache_dir() == tmp_path / "lapis" / "cache"
+    monkeypatch.setenv("LOCALAPPDATA", "")
+    assert cache.default_cache_dir() == Path.home() / "AppData" / "Local" / "lapis" / "cache"

@@ -17,8 +17,7 @@ import torch
 from kernels import select, timing
 from kernels.choices import Choice, Key, Rival, decide, key_for, source_hash
 from kernels.select import Job, choose, main
-from kernels.store import SHIPPED, Store, cache_dir, user_store
-from train.data.cache import default_cache_dir
+from kernels.store import SHIPPED, Store, user_store
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = Key("conv [8, 4]", "float32", "GPU A", 132, "580.1", "2.11", "3.6", "91900", "abc")
@@ -588,15 +587,3 @@ def test_the_command_runs_as_it_is_documented(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert str(tmp_path / "plans.json") in done.stdout
-
-
-@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_the_folder_is_the_one_the_images_are_cached_in(monkeypatch, tmp_path, platform):
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.delenv("LAPIS_CACHE", raising=False)
-    for value in (str(tmp_path), "relative", ""):
-        monkeypatch.setenv("XDG_CACHE_HOME", value)
-        monkeypatch.setenv("LOCALAPPDATA", value)
-        assert cache_dir() == default_cache_dir()
-    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path))
-    assert cache_dir() == tmp_path

@@ -66,7 +66,7 @@ def load_inputs(config: Config) -> Inputs:
     images, photos = load_images(photos, store)
     split = split_photos(
         photos,
-        pictures=pictures_of(images, photos),
+        pictures=pictures_of(images, photos) if data.val_fraction else None,
         val_fraction=data.val_fraction,
         kind=data.split,
         seed=seed,

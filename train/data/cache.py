@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import secrets
-import sys
 import time
 import warnings
 from collections import deque
@@ -26,6 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from kernels.store import cache_dir as default_cache_dir
 from train.data.photos import Excluded, Photos, UnreadablePhoto
 from train.errors import DataError, DiskError
 
@@ -71,18 +71,6 @@ def load_images(
             )
     readable = _readable(photos, failed, max_bad)
     return np.memmap(path, np.uint8, "r", shape=(len(readable), size, size, 3)), readable
-
-
-def default_cache_dir() -> Path:
-    """$LAPIS_CACHE, else the folder for caches of this system."""
-    if given := os.environ.get("LAPIS_CACHE"):
-        return Path(given)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "lapis/cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Caches/lapis"
-    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "lapis"
 
 
 def square(image: Image.Image, size: int) -> np.ndarray:
