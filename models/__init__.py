@@ -2,6 +2,7 @@
 kernels."""
 
 from models.backend import BACKENDS, Backend, BackendUnavailable, resolve_backend
+from models.folding import folded
 from models.fusion import fuse, fuse_report
 from models.layers import chosen_plans, restore_plans
 from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
@@ -17,6 +18,7 @@ __all__ = [
     "ResNet",
     "build_model",
     "chosen_plans",
+    "folded",
     "fuse",
     "fuse_report",
     "parameter_counts",

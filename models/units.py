@@ -59,6 +59,8 @@ class TrunkBlock(nn.Module):
 class BatchNormAct(nn.BatchNorm2d):
     """act(batch_norm(x) + residual), with the parameters, buffers and rules of nn.BatchNorm2d."""
 
+    folded = False  # whether the convolution before it has taken it in (models/folding.py)
+
     def __init__(self, num_features: int, act: str = "relu", **batch_norm_options):
         super().__init__(num_features, **batch_norm_options)
         self.act = act
@@ -135,7 +137,7 @@ class BatchNormAct(nn.BatchNorm2d):
     def _eager(
         self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None"
     ) -> Tensor:
-        y = super().forward(x)
+        y = x if self.folded else super().forward(x)
         if residual_norm is not None:
             residual = residual_norm(residual)
         if residual is not None:

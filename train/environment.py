@@ -37,12 +37,17 @@ def choose_amp(wanted: str, device: torch.device) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[wanted]
 
 
+def set_threads(threads: int | None) -> None:
+    """CPU threads of this process; None leaves one a core. Raises UsageError below 1."""
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
+
+
 def prepare(config: RunConfig) -> None:
     """Threads and determinism of this process."""
-    if config.threads is not None:
-        if config.threads < 1:
-            raise UsageError(f"--threads must be at least 1, not {config.threads}")
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

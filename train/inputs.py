@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.config import Config
+from train.config import Config, DataConfig
 from train.data import Photos, Split, limit_photos, load_images, open_photos, split_photos
 from train.data.cache import default_cache_dir
 from train.data.duplicates import picture_groups, thumbnail
@@ -61,9 +61,7 @@ def load_inputs(config: Config) -> Inputs:
     photos = open_photos(data.data, classes=data.classes, seed=seed)
     if data.limit is not None:
         photos = limit_photos(photos, data.limit, seed)
-    # augmentation crops and turns: it finds some margin around the picture
-    store = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
-    images, photos = load_images(photos, store)
+    images, photos = load_images(photos, stored_size(data))
     split = split_photos(
         photos,
         pictures=pictures_of(images, photos) if data.val_fraction else None,
@@ -72,6 +70,12 @@ def load_inputs(config: Config) -> Inputs:
         seed=seed,
     )
     return Inputs(images, photos, split)
+
+
+def stored_size(data: DataConfig) -> int:
+    """The side in pixels of the stored squares: augmentation crops and turns, and finds some margin
+    around the picture."""
+    return data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
 
 
 def resident_pixels(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader
+from train.metrics import fit_temperature
 from train.training import Step, Training, Underway
 
 LATE = 4  # steps a GPU may be behind the host before the host waits for it
@@ -46,9 +47,14 @@ def fit(
         record |= {"val_loss": None, "val_accuracy": None}
         if val_loader is not None:
             with evaluating(training) as model:
-                loss, confusion = evaluate(training, model, val_loader, num_classes)
-            accuracy = confusion.diagonal().sum().item() / confusion.sum().item()
-            record |= {"val_loss": loss, "val_accuracy": accuracy}
+                logits, labels = evaluate(training, model, val_loader)
+            confusion = count_confusion(logits, labels, num_classes)
+            accuracy = confusion.diagonal().sum().item() / len(labels)
+            record |= {
+                "val_loss": F.cross_entropy(logits.double(), labels).item(),
+                "val_accuracy": accuracy,
+                "temperature": fit_temperature(logits.numpy(), labels.numpy()),
+            }
             if training.best is None or accuracy > training.best["val_accuracy"]:
                 best = {"epoch": epoch, "val_accuracy": accuracy, "confusion": confusion.tolist()}
                 training.best = best
@@ -120,16 +126,18 @@ def evaluating(training: Training) -> Iterator[nn.Module]:
 
 @torch.inference_mode()
 def evaluate(
-    training: Training, model: nn.Module, loader: Loader | ResidentLoader, num_classes: int
-) -> tuple[float, Tensor]:
-    """Mean cross-entropy (without smoothing) and counts int64 [true class, predicted class]."""
-    total = torch.zeros((), dtype=torch.float64, device=training.device)
-    confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=training.device)
+    training: Training, model: nn.Module, loader: Loader | ResidentLoader
+) -> tuple[Tensor, Tensor]:
+    """Logits float32 [N, K] and labels int64 [N] of all images of `loader`, on the CPU."""
+    logits, labels = [], []
     for batch in loader.epoch(0):
         with training.autocast():
-            logits = model(batch.images)
-        total += F.cross_entropy(logits.float(), batch.labels, reduction="sum")
-        pairs = batch.labels * num_classes + logits.argmax(1)
-        confusion += torch.bincount(pairs, minlength=num_classes**2)
-    confusion = confusion.view(num_classes, num_classes).cpu()
-    return total.item() / confusion.sum().item(), confusion
+            logits.append(model(batch.images).float())
+        labels.append(batch.labels)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+
+def count_confusion(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Counts int64 [true class, predicted class]."""
+    pairs = labels * num_classes + logits.argmax(1)
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)

@@ -103,6 +103,17 @@ class Page:
             f"<figcaption>{_prose(caption)}</figcaption></figure>"
         )
 
+    def gallery(self, pictures: Iterable[tuple[bytes, str, str]]) -> None:
+        """Add photos side by side, each (PNG, JPEG, WEBP or GIF, caption, alt)."""
+        items = []
+        for data, caption, alt in pictures:
+            source, size, _ = _inline(data, physical=False)
+            items.append(
+                f'<figure class="photo"><img src="{source}" {size} alt="{escape(alt)}">'
+                f"<figcaption>{_prose(caption)}</figcaption></figure>"
+            )
+        self._body.append(f'<div class="gallery">{"".join(items)}</div>')
+
     def command(self, text: str) -> None:
         """Add a shell command or other literal lines; one click selects all of it."""
         self._body.append(f'<pre class="scroll" tabindex="0"><code>{escape(text)}</code></pre>')

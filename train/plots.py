@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from train.files import write_atomically
+from train.metrics import Bin
 
 INK, SOFT, GRID = "#23211d", "#6b665c", "#e4e0d6"
 TRAIN, VALIDATION = "#c8672b", "#22578f"  # told apart by colour-blind readers and in grey
@@ -97,6 +98,26 @@ def plot_confusion(
             text = f"{counts[row, column]}"
             axes.text(column, row, text, ha="center", va="center", fontsize=font, color=tone)
     _save(figure, path, dpi=120 if many else 192)
+
+
+def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
+    """Draw accuracy over confidence, the area of a point in proportion to its photos."""
+    figure = Figure(figsize=(4.2, 3.9), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    _style(axes, "Accuracy over confidence (%)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.set_xlabel("confidence (%)", color=SOFT, fontsize=8.5)
+    axes.plot((0, 100), (0, 100), "--", color=SOFT, linewidth=1, label="as often right as sure")
+    total = sum(one.images for one in bins)
+    confidence, accuracy = (
+        [100 * getattr(b, name) for b in bins] for name in ("confidence", "accuracy")
+    )
+    sizes = [20 + 400 * one.images / total for one in bins]
+    axes.plot(confidence, accuracy, color=VALIDATION, linewidth=1.2)
+    axes.scatter(confidence, accuracy, sizes, color=VALIDATION, alpha=0.75, linewidths=0)
+    axes.set(xlim=(0, 103), ylim=(0, 103))
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
+    _save(figure, path, dpi=192)
 
 
 def _draw_monitor(axes: Axes, epochs: np.ndarray, loss: np.ndarray, accuracy: np.ndarray) -> None:

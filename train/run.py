@@ -25,6 +25,7 @@ from models import (
 from models.compiled import tune_allocator
 from train import checkpoint
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
+from train.data.twins import make_manifest
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
 from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
@@ -169,6 +170,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         "backend": backend.name,
         "backend_reason": backend.reason,
         "data_digest": inputs.digest(),
+        "manifest": make_manifest(inputs.images, inputs.photos, inputs.split.train),
         "versions": versions(),
     }
     listeners = [

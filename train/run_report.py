@@ -1,12 +1,12 @@
 """`report.html` of a run: what the numbers say, in one sentence, then everything behind it."""
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from train.metrics import wilson
 from train.page import NoteKind, Page
 from train.plots import plot_confusion, plot_curves
 
@@ -113,15 +113,6 @@ def verdict(
                 f" ({early:.1f} points early, {late:.1f} late)"
             )
     return kind, sentence + "."
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a proportion (Wilson 1927), as fractions 0..1."""
-    z = 1.959963984540054
-    share, weight = successes / trials, z * z / trials
-    centre = (share + weight / 2) / (1 + weight)
-    reach = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
 def percent(share: float) -> str:

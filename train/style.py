@@ -76,6 +76,12 @@ figure { margin: 1.4rem 0; }
 figure img { display: block; max-width: 100%; height: auto; }
 figure.wide img { max-width: none; }
 figcaption { max-width: 70ch; margin-top: .6rem; }
+.gallery {
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(16rem, 100%), 1fr));
+  gap: 1.2rem; margin: 1.4rem 0;
+}
+.gallery figure { margin: 0; }
+.gallery img { width: 100%; border-radius: 8px; }
 .plot .scroll { background: #fff; }
 @media (prefers-color-scheme: dark) {
   /* White paper becomes this grey and hues stay: plots need no second rendering. */

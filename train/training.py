@@ -151,6 +151,8 @@ class Training:
             else [],
             "history": self.history,
             "best": self.best,
+            # of the weights to use; 1 where nothing validated them
+            "temperature": self.history[-1].get("temperature", 1.0) if self.history else 1.0,
         }
 
     def restore(self, state: dict[str, Any]) -> None:

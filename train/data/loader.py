@@ -96,7 +96,7 @@ class Loader(BatchOrder):
         self.channels_last = channels_last
         self.workers = workers
         self.device = torch.device(device or "cpu")
-        self._table = _normalisation_table(dtype)
+        self._table = normalisation_table(dtype)
         self._dtype = dtype
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -131,7 +131,7 @@ class Loader(BatchOrder):
             self.augment,
             self.image_size,
         )
-        images = _normalise(pixels, self._table, self._dtype).permute(0, 3, 1, 2)
+        images = normalise(pixels, self._table, self._dtype).permute(0, 3, 1, 2)
         if not self.channels_last:
             images = images.contiguous()
         indices = torch.from_numpy(rows)
@@ -163,7 +163,7 @@ def _batch_bounds(
     return list(zip(firsts, lasts, strict=True))
 
 
-def _normalisation_table(dtype: torch.dtype) -> np.ndarray:
+def normalisation_table(dtype: torch.dtype) -> np.ndarray:
     """What each of the 256 values becomes in each channel: [1, 256, 3], rounded once to `dtype`.
 
     OpenCV looks it up in one pass. It knows no bfloat16, so 16-bit types travel as their bits.
@@ -175,7 +175,7 @@ def _normalisation_table(dtype: torch.dtype) -> np.ndarray:
     return table[None].view(torch.int16).numpy()
 
 
-def _normalise(pixels: np.ndarray, table: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def normalise(pixels: np.ndarray, table: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """uint8 [B, H, W, 3] -> `dtype`, the same shape."""
     out = np.empty(pixels.shape, table.dtype)
     flat = (-1, pixels.shape[2], 3)  # one tall picture

@@ -1,0 +1,151 @@
+"""What predictions are worth, in numbers with their intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import roc_auc_score
+
+Z = 1.959963984540054  # standard deviations of a 95 % interval
+BINS = 10  # of confidence, in the calibration curve
+
+Interval = tuple[float, float]
+
+
+def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """softmax(logits / temperature) in float64: [N, K]."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    powers = np.exp(scaled)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature under which the labels [N] of `logits` [N, K] are most likely (Guo et al.
+    2017), between 1/20 and 20."""
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        found = probabilities(logits, math.exp(log_temperature))[rows, labels]
+        return -np.log(found.clip(1e-30)).mean()
+
+    bound = math.log(20)
+    return math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x)
+
+
+def wilson(successes: int, trials: int) -> Interval:
+    """The 95 % Wilson score interval of a proportion (Wilson 1927), as fractions 0..1."""
+    share, spread = successes / trials, Z**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def auc_interval(auc: float, positives: int, negatives: int) -> Interval:
+    """The 95 % interval of an area under the ROC curve (Hanley and McNeil 1982), within 0..1."""
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    half = Z * math.sqrt(max(variance, 0) / (positives * negatives))
+    return max(0.0, auc - half), min(1.0, auc + half)
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class against the rest; None where it does not exist: precision without predictions,
+    recall without photos, the area under the ROC curve without positives or negatives."""
+
+    images: int
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    auc: float | None
+    auc_interval: Interval | None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions whose confidence lies in one tenth: how many, how sure, how often right."""
+
+    images: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a set of predictions is worth. confusion: int64 [true class, predicted class]."""
+
+    images: int
+    accuracy: float
+    accuracy_interval: Interval
+    loss: float
+    macro_f1: float
+    confusion: np.ndarray
+    per_class: tuple[ClassScore, ...]
+    calibration: tuple[Bin, ...]
+    calibration_error: float
+
+
+def score(probability: np.ndarray, labels: np.ndarray) -> Scores:
+    """Scores of `probability` [N, K] for the true classes `labels` int64 [N], N > 0.
+
+    calibration_error: the mean distance of confidence and accuracy over ten bins, weighed by their
+    images (Naeini et al. 2015). A class without predictions or photos counts 0 in macro_f1.
+    """
+    n, classes = probability.shape
+    predicted = probability.argmax(axis=1)
+    confusion = np.bincount(labels * classes + predicted, minlength=classes**2)
+    confusion = confusion.reshape(classes, classes)
+    right = int(np.trace(confusion))
+    per_class = tuple(_class_score(probability, labels, confusion, k) for k in range(classes))
+    bins = _bins(probability.max(axis=1), predicted == labels)
+    return Scores(
+        images=n,
+        accuracy=right / n,
+        accuracy_interval=wilson(right, n),
+        loss=float(-np.log(probability[np.arange(n), labels].clip(1e-30)).mean()),
+        macro_f1=float(np.mean([one.f1 or 0.0 for one in per_class])),
+        confusion=confusion,
+        per_class=per_class,
+        calibration=bins,
+        calibration_error=sum(b.images * abs(b.confidence - b.accuracy) for b in bins) / n,
+    )
+
+
+def _class_score(
+    probability: np.ndarray, labels: np.ndarray, confusion: np.ndarray, k: int
+) -> ClassScore:
+    hits, images, predicted = confusion[k, k], confusion[k].sum(), confusion[:, k].sum()
+    others = len(labels) - images
+    auc = None
+    if images and others:
+        auc = float(roc_auc_score(labels == k, probability[:, k]))
+    return ClassScore(
+        images=int(images),
+        precision=float(hits / predicted) if predicted else None,
+        recall=float(hits / images) if images else None,
+        f1=float(2 * hits / (images + predicted)) if images + predicted else None,
+        auc=auc,
+        auc_interval=None if auc is None else auc_interval(auc, int(images), int(others)),
+    )
+
+
+def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    chosen = (place == number for number in range(BINS))
+    return tuple(
+        Bin(int(mask.sum()), float(confidence[mask].mean()), float(right[mask].mean()))
+        for mask in chosen
+        if mask.any()
+    )
+
+
+def as_json(scores: Scores, classes: Sequence[str]) -> dict[str, object]:
+    """The scores under the names of their fields, those of a class under its name."""
+    values = {**vars(scores), "confusion": scores.confusion.tolist(), "classes": list(classes)}
+    named = zip(classes, scores.per_class, strict=True)
+    values["per_class"] = {label: vars(one) for label, one in named}
+    values["calibration"] = [vars(one) for one in scores.calibration]
+    return values
