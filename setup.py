@@ -6,7 +6,9 @@ not installed. `constraints.txt` pins the validated set.
 
 from setuptools import setup
 
+ONNX = ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"]
 TEST = [
+    *ONNX,
     "hypothesis>=6.100",
     "packaging>=24",
     "pytest>=8",
@@ -36,9 +38,10 @@ setup(
         "pillow>=11",
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tqdm>=4.66",
         "tyro>=0.9",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff>=0.8"]},
+    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff>=0.8"]},
     classifiers=["Private :: Do Not Upload", "Programming Language :: Python :: 3"],
 )

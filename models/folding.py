@@ -17,7 +17,7 @@ from models.units import BatchNormAct, set_backend
 def folded(model: nn.Module, image_size: int = 64) -> nn.Module:
     """A copy of `model` for inference, its BatchNorms part of the convolutions they follow.
 
-    The weights are multiplied in float32 and keep their dtype. A norm that follows no convolution,
+    The weights are multiplied in float64 and rounded once to their dtype. A norm that follows no convolution,
     as the first of a pre-activation block, stays as it is. Which follows which is seen from one
     grey image [1, 3, image_size, image_size].
     """
@@ -56,10 +56,10 @@ def _pairs(model: nn.Module, image_size: int) -> list[tuple[nn.Conv2d, BatchNorm
 
 @torch.no_grad()
 def _fold(conv: nn.Conv2d, norm: BatchNormAct) -> None:
-    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + norm.eps)
-    shift = norm.bias.float() - norm.running_mean.float() * scale
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    shift = norm.bias.double() - norm.running_mean.double() * scale
     if conv.bias is not None:
-        shift = shift + scale * conv.bias.float()
-    conv.weight.copy_(conv.weight.float() * scale.view(-1, 1, 1, 1))
+        shift = shift + scale * conv.bias.double()
+    conv.weight.copy_(conv.weight.double() * scale.view(-1, 1, 1, 1))
     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
     norm.folded = True

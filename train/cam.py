@@ -32,7 +32,7 @@ def overlay(picture: np.ndarray, evidence: np.ndarray) -> np.ndarray:
     """A photo uint8 [H, W, 3] under the colours of a map float [h, w]: the most telling place is
     bright, what says nothing or speaks against the class is dark."""
     height, width = picture.shape[:2]
-    large = cv2.resize(evidence.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC)
+    large = cv2.resize(evidence.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
     strength = np.clip(large / max(float(large.max()), 1e-12), 0, 1)
     colours = 255 * colormaps["inferno"](strength)[..., :3]
     return np.rint(SHARE * colours + (1 - SHARE) * picture).astype(np.uint8)

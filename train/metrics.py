@@ -24,12 +24,18 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The temperature under which the labels [N] of `logits` [N, K] are most likely (Guo et al.
-    2017), between 1/20 and 20."""
-    rows = np.arange(len(labels))
+    2017), between 1/20 and 20.
+
+    The target of the true class is (N + 1) / (N + K), not 1 (after Platt 1999): N photos that are
+    all classified right do not make a network infinitely sure.
+    """
+    n, classes = logits.shape
+    targets = np.full((n, classes), 1 / (n + classes))
+    targets[np.arange(n), labels] += n / (n + classes)
 
     def loss(log_temperature: float) -> float:
-        found = probabilities(logits, math.exp(log_temperature))[rows, labels]
-        return -np.log(found.clip(1e-30)).mean()
+        found = probabilities(logits, math.exp(log_temperature))
+        return -(targets * np.log(found.clip(1e-30))).sum() / n
 
     bound = math.log(20)
     return math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x)
