@@ -17,9 +17,9 @@ from models.units import BatchNormAct, set_backend
 def folded(model: nn.Module, image_size: int = 64) -> nn.Module:
     """A copy of `model` for inference, its BatchNorms part of the convolutions they follow.
 
-    The weights are multiplied in float64 and rounded once to their dtype. A norm that follows no convolution,
-    as the first of a pre-activation block, stays as it is. Which follows which is seen from one
-    grey image [1, 3, image_size, image_size].
+    The weights are multiplied in float64 and rounded once to their dtype. A norm that follows no
+    convolution, as the first of a pre-activation block, stays as it is. Which follows which is seen
+    from one grey image [1, 3, image_size, image_size].
     """
     model = set_backend(copy.deepcopy(model), "eager").eval()
     for conv, norm in _pairs(model, image_size):
