@@ -17,7 +17,7 @@ import torch
 from train.errors import CheckpointError
 from train.files import write_atomically
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 def save(folder: Path, state: dict[str, Any], best: bool) -> None:

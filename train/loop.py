@@ -53,8 +53,8 @@ def fit(
             record |= {
                 "val_loss": F.cross_entropy(logits.double(), labels).item(),
                 "val_accuracy": accuracy,
-                "temperature": fit_temperature(logits.numpy(), labels.numpy()),
             }
+            training.temperature = fit_temperature(logits.numpy(), labels.numpy())
             if training.best is None or accuracy > training.best["val_accuracy"]:
                 best = {"epoch": epoch, "val_accuracy": accuracy, "confusion": confusion.tolist()}
                 training.best = best

@@ -96,6 +96,7 @@ class Training:
         self.bad: list[Underway] = []  # the latest steps, while their losses are not finite
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
+        self.temperature = 1.0  # of the weights to use, where something validated them
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for a forward pass, or nothing when it is off."""
@@ -151,8 +152,7 @@ class Training:
             else [],
             "history": self.history,
             "best": self.best,
-            # of the weights to use; 1 where nothing validated them
-            "temperature": self.history[-1].get("temperature", 1.0) if self.history else 1.0,
+            "temperature": self.temperature,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -173,3 +173,4 @@ class Training:
             torch.cuda.set_rng_state(state["cuda_rng"][0], self.device)
         self.history = state["history"]
         self.best = state["best"]
+        self.temperature = state["temperature"]
