@@ -238,7 +238,7 @@ def _announce(inputs: Inputs) -> None:
         print(f"left out {len(photos.excluded) - 10} more")
     print(
         f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
-        f"{len(split.train)} train, {len(split.val)} validation; "
+        f"{len(split.train)} train, {len(split.val)} validation ({split.kind}); "
         f"{split.duplicate_groups} pictures occur more than once"
     )
 
