@@ -20,6 +20,7 @@ from train.data.augment import (
     philox4x32,
     uniform,
 )
+from train.data.resident import KERNEL_AUGMENTS
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -98,7 +99,7 @@ def test_none_is_the_identity_or_an_antialiased_whole():
     assert np.abs(half - boxes).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["light", "strong"])
+@pytest.mark.parametrize("kind", ["light", "strong", "heavy"])
 def test_a_view_depends_on_seed_epoch_and_index_alone(kind):
     images = photos()
     indices = np.array([10, 11, 12, 13, 14, 15])
@@ -207,4 +208,5 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch():
 
 
 def test_the_list_of_augmentations():
-    assert AUGMENTS == ("none", "light", "strong")
+    assert AUGMENTS == ("none", "light", "strong", "heavy")
+    assert KERNEL_AUGMENTS == ("none", "light", "strong")

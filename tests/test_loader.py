@@ -61,7 +61,7 @@ def test_layout_and_single_rounding(images, dtype, channels_last):
     assert torch.equal(batch.images, truth(images[:4]).to(dtype))
 
 
-@pytest.mark.parametrize("augment", ["none", "light", "strong"])
+@pytest.mark.parametrize("augment", ["none", "light", "strong", "heavy"])
 def test_workers_and_start_change_nothing(images, augment):
     options = {"augment": augment, "shuffle": True, "image_size": 35, "seed": 11}
     expected = list(loader(images, **options).epoch(4))

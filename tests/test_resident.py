@@ -10,8 +10,8 @@ from tests.helpers import DEVICE
 from train import inputs
 from train.config import DEFAULT
 from train.data import Loader, resident
-from train.data.augment import AUGMENTS, STD
-from train.data.resident import ResidentLoader, upload
+from train.data.augment import STD
+from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
 from train.inputs import Inputs, make_loaders, resident_pixels
 
 N = 11
@@ -34,7 +34,7 @@ def both(images, **options):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("augment", KERNEL_AUGMENTS)
 def test_batches_are_those_of_the_loader(images, augment, shuffle):
     threads, ours = both(images, augment=augment, shuffle=shuffle)
     assert len(ours) == len(threads)

@@ -60,10 +60,16 @@ class DataConfig:
     problem."""
     image_size: int = 112
     """Height and width of the training images in pixels."""
-    augment: Literal["none", "light", "strong"] = "strong"
-    """light: mild crops and flips; strong: also rotation, colour and smaller crops."""
+    augment: Literal["none", "light", "strong", "heavy"] = "strong"
+    """light: mild crops and flips; strong: also rotation, colour and smaller crops; heavy: more of
+    it, two random operations (as RandAugment) and random erasing."""
     mixup: float = 0.0
     """Mixup: alpha of the Beta distribution from which pairs of images are blended; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the Beta distribution from which the area is drawn that an image takes from
+    another; 0 is off. With --mixup too, each batch has one of the two, by equal chance."""
+    sampler: Literal["random", "balanced"] = "random"
+    """random shows every training photo once an epoch; balanced shows every class equally often."""
     workers: int | None = None
     """Threads that prepare batches ahead (default: 1 on a CPU, up to 8 for a GPU)."""
 
@@ -212,6 +218,7 @@ def check(config: Config) -> None:
         ("--ema", optim.ema, 1),
         ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),
+        ("--cutmix", config.data.cutmix, None),
     ):
         if not 0 <= value < (most or float("inf")):
             limit = f"in [0, {most})" if most else "0 or more"

@@ -18,7 +18,7 @@ from train.data import Photos, Split, limit_photos, load_images, open_photos, sp
 from train.data.cache import default_cache_dir
 from train.data.duplicates import picture_groups, thumbnail
 from train.data.loader import Loader
-from train.data.resident import ResidentLoader, upload
+from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
 from train.data.split import fold_photos, given_split
 from train.data.split_file import read_split, split_csv
 from train.environment import default_workers
@@ -118,7 +118,7 @@ def _judge(split: Split, accepted: bool, cure: str) -> None:
 
 
 def resident_pixels(
-    inputs: Inputs, device: torch.device, backend: str
+    inputs: Inputs, device: torch.device, backend: str, augment: str = "none"
 ) -> tuple[torch.Tensor | None, str]:
     """The pixels on the GPU, for batches to be made there; None, and why, where that cannot be.
 
@@ -126,6 +126,8 @@ def resident_pixels(
     """
     if backend != "triton":
         return None, f"the backend {backend} does not use the kernels"
+    if augment not in KERNEL_AUGMENTS:
+        return None, f"the kernels know no --augment {augment}"
     size, memory = inputs.images.nbytes, torch.cuda.get_device_properties(device).total_memory
     if 3 * size > memory:
         gigabytes = f"{size / 1e9:.1f} GB is more than a third of the GPU's {memory / 1e9:.1f} GB"
@@ -180,7 +182,12 @@ def make_loaders(
         make = partial(ResidentLoader, pixels, **options)
     labels, sizes = inputs.photos.labels, config.optim
     train = make(
-        labels, split.train, batch_size=sizes.batch_size, augment=data.augment, shuffle=True
+        labels,
+        split.train,
+        batch_size=sizes.batch_size,
+        augment=data.augment,
+        shuffle=True,
+        balance=labels[split.train] if data.sampler == "balanced" else None,
     )
     if not len(split.val):
         return train, None

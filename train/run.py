@@ -132,7 +132,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
     classes = list(inputs.photos.classes)
     pixels = None
     if device.type == "cuda":
-        pixels, reason = resident_pixels(inputs, device, backend.name)
+        pixels, reason = resident_pixels(inputs, device, backend.name, config.data.augment)
         print(f"batches: made on the {'CPU' if pixels is None else 'GPU'} ({reason})")
         if pixels is not None and config.data.workers is not None:
             warnings.warn("--workers has no effect: the GPU makes the batches", stacklevel=1)
@@ -150,6 +150,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         total_steps=config.optim.epochs * len(train_loader),
         amp_dtype=amp_dtype,
         mixup_alpha=config.data.mixup,
+        cutmix_alpha=config.data.cutmix,
         seed=config.run.seed,
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
