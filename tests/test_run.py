@@ -67,6 +67,7 @@ def test_run_folder_is_complete(finished):
         "config.json",
         "metrics.jsonl",
         "summary.json",
+        "batch.png",
         "curves.png",
         "confusion_matrix.png",
         "report.html",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
@@ -30,6 +31,7 @@ from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
 from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, resident_pixels
 from train.loop import Listener, fit
+from train.mosaic import draw_batch, first_batch
 from train.progress import Progress
 from train.record import append_jsonl, create_run_folder, write_json
 from train.run_report import write_report
@@ -114,7 +116,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
     amp_dtype = choose_amp(config.run.amp, device)
     prepare(config.run)
     inputs = load_inputs(config)
-    _announce(inputs)
+    _announce(inputs, config.data.sampler)
     resumed = None
     if config.run.resume is not None:
         resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
@@ -162,6 +164,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         folder = create_run_folder(config.run.out, config.model.model)
         write_json(folder / "config.json", {"command": command, **to_dict(config)})
         write_atomically(folder / "split.csv", inputs.split_csv())
+        draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
     print(f"run folder: {folder}")
 
     fixed = {
@@ -231,7 +234,7 @@ class Recorder(Listener):
         checkpoint.save(self.folder / "checkpoints", state, is_best)
 
 
-def _announce(inputs: Inputs) -> None:
+def _announce(inputs: Inputs, sampler: str) -> None:
     photos, split = inputs.photos, inputs.split
     for excluded in photos.excluded[:10]:
         print(f"left out {excluded.file}: {excluded.reason}")
@@ -242,6 +245,12 @@ def _announce(inputs: Inputs) -> None:
         f"{len(split.train)} train, {len(split.val)} validation ({split.kind}); "
         f"{split.duplicate_groups} pictures occur more than once"
     )
+    if sampler == "balanced":
+        counts = np.bincount(photos.labels[split.train], minlength=len(photos.classes))
+        print(
+            f"sampler: balanced, an epoch shows each class {counts.sum() / len(counts):.0f} times, "
+            f"drawn with replacement from its {counts.min()} to {counts.max()} photos"
+        )
 
 
 def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):

@@ -47,9 +47,9 @@ def equalize(image: np.ndarray, strength: float) -> np.ndarray:
 
 
 def solarize(image: np.ndarray, strength: float) -> np.ndarray:
-    """Levels from 256 (1 - strength) on inverted."""
+    """Levels from 256 - 128 strength on inverted: more would leave nothing of a dish's colours."""
     levels = np.arange(256)
-    table = np.where(levels < 256 * (1 - strength), levels, 255 - levels)
+    table = np.where(levels < 256 - 128 * strength, levels, 255 - levels)
     return cv2.LUT(image, table.astype(np.uint8))
 
 
