@@ -14,6 +14,8 @@ from train.data.augment import (
     AUGMENTS,
     STRENGTHS,
     augment_batch,
+    balanced_order,
+    cutmix,
     mixup,
     order,
     philox,
@@ -205,6 +207,55 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch():
     assert abs(lams.mean() - 0.5) < 0.03
     assert abs(lams.var() - 1 / (4 * 1.4)) < 0.01
     assert mixup(4, 0, seed=0, epoch=0, batch=0)[0] == 1.0
+
+
+def test_cutmix_boxes_cover_the_drawn_share_where_they_are_whole():
+    box, partner = cutmix(32, 100, 1.0, seed=1, epoch=2, batch=3)
+    again = cutmix(32, 100, 1.0, seed=1, epoch=2, batch=3)
+    assert (box.tolist(), partner.tolist()) == (again[0].tolist(), again[1].tolist())
+    assert sorted(partner.tolist()) == list(range(32))
+    drawn = [cutmix(2, 100, 1.0, seed=0, epoch=0, batch=b)[0] for b in range(3000)]
+    top, left, bottom, right = np.array(drawn).T
+    assert min(top.min(), left.min()) == 0
+    assert max(bottom.max(), right.max()) == 100
+    assert ((top <= bottom) & (left <= right)).all()
+    # a side is sqrt(1 - lam): P(side <= s) = s^2 for a uniform lam, where the box is not cut
+    whole = (top > 0) & (left > 0) & (bottom < 100) & (right < 100)
+    assert np.abs((bottom - top) - (right - left))[whole].max() <= 1
+    # E[area] before the cut is 1/2, after it 2 (E[length in one axis]^2) by quadrature
+    side = (np.arange(2000) + 0.5) / 2000
+    centre = (np.arange(500) + 0.5) / 500
+    first = np.clip(centre - side[:, None] / 2, 0, 1)
+    length = (np.clip(centre + side[:, None] / 2, 0, 1) - first).mean(1)
+    expected = (2 * side * length**2).mean()
+    area = (bottom - top) * (right - left) / 1e4
+    assert area.mean() == pytest.approx(expected, abs=4 * area.std() / np.sqrt(3000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(0, 2**63), st.integers(0, 9)
+)
+def test_a_balanced_epoch_shows_each_class_equally_often(labels, seed, epoch):
+    labels = np.array(labels)
+    chosen = balanced_order(labels, seed, epoch)
+    assert len(chosen) == len(labels)
+    assert np.array_equal(chosen, balanced_order(labels, seed, epoch))
+    shown = np.bincount(labels[chosen], minlength=5)[np.unique(labels)]
+    assert shown.max() - shown.min() <= 1
+
+
+def test_balanced_draws_are_even_and_their_order_is_shuffled():
+    labels = np.array([0] * 90 + [1] * 9 + [2])
+    epochs = np.stack([balanced_order(labels, 7, epoch) for epoch in range(300)])
+    counts = np.bincount(epochs.ravel(), minlength=100)
+    assert counts.sum() == 30_000
+    assert counts[99] == counts[90:99].sum() == counts[:90].sum() == 10_000  # over three epochs
+    assert np.abs(counts[:90] - 10_000 / 90).max() < 5 * np.sqrt(10_000 / 90)
+    assert np.abs(counts[90:99] - 10_000 / 9).max() < 5 * np.sqrt(10_000 / 9)
+    # every place in the epoch has every class in a third of the epochs
+    share = (labels[epochs] == 2).mean(0)
+    assert np.abs(share - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 300)
 
 
 def test_the_list_of_augmentations():
