@@ -132,7 +132,7 @@ def test_a_balanced_epoch_repeats_photos_but_no_views(images):
     usual = {i.item(): x for b in plain.epoch(4) for i, x in zip(b.indices, b.images, strict=True)}
     for row in set(rows.tolist()):
         assert torch.equal(views[(rows == row).nonzero()[0, 0]], usual[row])
-    numbers = balanced.numbers(np.array([5, 7, 5, 5, 7]))
+    numbers = balanced.view_numbers(np.array([5, 7, 5, 5, 7]))
     assert numbers.tolist() == [5, 7, 5 + N, 5 + 2 * N, 7 + N]
 
 

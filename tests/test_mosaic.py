@@ -49,10 +49,10 @@ def test_it_is_what_the_first_step_sees(images, alphas, kind):
     first = next(iter(source.epoch(1)))
     assert torch.equal(shown.labels, first.labels[:32])
     if alphas:
-        partner, lam, *box = run.mixing(36, 32, 1, 1)
+        partner, lam, *box = run.mixing(36, 1, 1)
         assert torch.equal(others.labels, first.labels[partner][:32])
         if box:
-            top, left, bottom, right = box[0].tolist()
+            top, left, bottom, right = (32 * box[0]).round().tolist()
             assert share == pytest.approx(1 - (bottom - top) * (right - left) / 32**2)
         else:
             assert share == lam
@@ -72,7 +72,8 @@ def test_pixels_come_out_as_they_went_in(images, tmp_path):
     )
     rows = source.rows(1)[:36]
     views = augment_batch(images[rows], rows, 1, 2, "light", 32)
-    (top, left, bottom, right), partner = cutmix(36, 32, 1.0, seed=2, epoch=1, batch=1)
+    box, partner = cutmix(36, 1.0, seed=2, epoch=1, batch=1)
+    top, left, bottom, right = (32 * box).round().astype(int)
     pasted = views.copy()
     pasted[:, top:bottom, left:right] = views[partner][:, top:bottom, left:right]
     for i in range(32):

@@ -28,11 +28,11 @@ def first_batch(
     """What the first step of a run sees of its first images, at most COLUMNS * ROWS: the batch
     after augmentation and mixing, those mixed into it, and the share that each image keeps."""
     rows = loader.rows(1)
-    numbers = loader.numbers(rows)
+    numbers = loader.view_numbers(rows)
     _, size = loader.bounds[0]
     shown = np.arange(min(size, COLUMNS * ROWS))
     batch = loader.batch(rows[shown], numbers[shown], 1)
-    mixing = training.mixing(size, batch.images.shape[-1], 1, 1)
+    mixing = training.mixing(size, 1, 1)
     if not mixing:
         return batch, None, 1.0
     partner, share, box = (*mixing, None)[:3]

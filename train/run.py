@@ -164,7 +164,10 @@ def train(config: Config, command: str) -> dict[str, Any]:
         folder = create_run_folder(config.run.out, config.model.model)
         write_json(folder / "config.json", {"command": command, **to_dict(config)})
         write_atomically(folder / "split.csv", inputs.split_csv())
-        draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
+        try:
+            draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
+        except Exception as error:  # no picture stops a training
+            warnings.warn(f"batch.png was not made ({error})", stacklevel=1)
     print(f"run folder: {folder}")
 
     fixed = {

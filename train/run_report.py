@@ -59,8 +59,8 @@ def write_report(
         page.section("Training batch")
         page.figure(
             folder / "batch.png",
-            "The first training batch as the network sees it: augmented, and where mixup or CutMix"
-            " is on with the share of each class below the picture.",
+            "The first training batch as the network sees it, augmented and mixed; where two photos"
+            " are mixed, their shares stand below.",
             "Photos of the first training batch with their classes.",
         )
     _split(page, summary.get("split") or {})

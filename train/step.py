@@ -57,7 +57,7 @@ class TrainingStep:
         many images were classified right, and 1 if the update was skipped.
 
         partner int64 [N], lam float32 []: mixup, image i becomes lam of itself and 1 - lam of image
-        partner[i], and so does the loss. box int64 [4]: cutmix, see `mix`.
+        partner[i], and so does the loss. box float32 [4]: cutmix, see `mix`.
         """
         before = self.buffers.copy()
 
@@ -98,13 +98,17 @@ class TrainingStep:
 
 
 def mix(images: Tensor, others: Tensor, lam: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lam of `images` and 1 - lam of `others`, [N, 3, H, W]; within `box`, int64 [4] for top, left,
-    bottom, right, the others alone. Also returns the share of `images` in all of it."""
+    """lam of `images` and 1 - lam of `others`, [N, 3, H, W]; within `box`, the others alone. Also
+    returns the share of `images` in the pixels of the result, float32 [].
+
+    box: float32 [4], top, left, bottom and right in 0..1, which are rounded to whole pixels.
+    """
     blend = images.lerp(others, (1 - lam).to(images.dtype))
     if box is None:
         return blend, lam
     height, width = images.shape[2:]
-    top, left, bottom, right = box
+    top, bottom = (box[0::2] * height).round()
+    left, right = (box[1::2] * width).round()
     y = torch.arange(height, device=box.device)[:, None]
     x = torch.arange(width, device=box.device)
     inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)

@@ -114,22 +114,22 @@ class Training:
         self.steps += 1
         if self.average is not None:
             self.average.prepare(self.steps)
-        mixing = self.mixing(len(batch.labels), batch.images.shape[-1], epoch, number)
+        mixing = self.mixing(len(batch.labels), epoch, number)
         outcome = self.run_step(batch.images, batch.labels, *mixing)
         return Underway(epoch, number, batch.indices, outcome)
 
-    def mixing(self, size: int, image_size: int, epoch: int, number: int) -> tuple[Tensor, ...]:
+    def mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, ...]:
         """What the step takes besides a batch of `size` images: the partner of each, the share it
         keeps and with cutmix the box; nothing where neither mixup nor cutmix is on."""
         if not self.mixup_alpha and not self.cutmix_alpha:
             return ()
         key = {"seed": self.seed, "epoch": epoch, "batch": number}
         lam, partner = mixup(size, self.mixup_alpha, **key)
-        box = np.zeros(4, np.int64)
+        box = np.zeros(4, np.float32)
         chance = np.random.default_rng((self.seed, epoch, number, 2)).random()
         if self.cutmix_alpha and (not self.mixup_alpha or chance < 0.5):
             lam = 1.0
-            box, partner = cutmix(size, image_size, self.cutmix_alpha, **key)
+            box, partner = cutmix(size, self.cutmix_alpha, **key)
         # in 256ths both shares are exact in 16 bits: pixels and labels are mixed alike
         share = torch.full((), round(256 * lam) / 256, device=self.device)
         if not self.cutmix_alpha:

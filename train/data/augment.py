@@ -64,7 +64,9 @@ def philox4x32(counter: Sequence, key: tuple[int, int]) -> np.ndarray:
 
 
 def philox(seed: int, draw, index, epoch) -> np.ndarray:
-    """Four random words for each (draw, index, epoch), any of them arrays: uint32 [4, ...]."""
+    """Four random words for each (draw, index, epoch), any of them arrays: uint32 [4, ...]. As a
+    counter has 32 bits, so many of the index count."""
+    index = np.asarray(index, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
     return philox4x32((draw, index, epoch, 0), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
 
 
@@ -181,20 +183,19 @@ def _colour_matrix(
 
 
 def cutmix(
-    size: int, image_size: int, alpha: float, *, seed: int, epoch: int, batch: int
+    size: int, alpha: float, *, seed: int, epoch: int, batch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What batch number `batch` pastes: (box int64 [4]: top, left, bottom, right; permutation).
+    """What batch number `batch` of `size` images pastes: (box, permutation int64 [size]).
 
-    Within the box, the same for all images, the pixels are those of the permutation: a share of
-    1 - lam of them before it is cut to the picture, lam from Beta(alpha, alpha), centred anywhere.
-    (Yun et al.: "CutMix", ICCV 2019.)
+    box: float32 [4], top, left, bottom, right in 0..1; within it, the same for all images, the
+    pixels are those of the permutation. It has an area of 1 - lam before it is cut to the picture,
+    lam from Beta(alpha, alpha), and its centre anywhere. (Yun et al.: "CutMix", ICCV 2019.)
     """
     generator = np.random.default_rng((seed, epoch, batch, 1))
-    side = image_size * np.sqrt(1 - generator.beta(alpha, alpha))
-    centre = generator.integers(image_size, size=2)
-    first = np.clip(np.round(centre - side / 2), 0, image_size)
-    last = np.clip(np.round(centre + side / 2), 0, image_size)
-    return np.concatenate([first, last]).astype(np.int64), generator.permutation(size)
+    reach = np.sqrt(1 - generator.beta(alpha, alpha)) / 2
+    centre = generator.random(2)
+    box = np.concatenate([centre - reach, centre + reach]).clip(0, 1)
+    return box.astype(np.float32), generator.permutation(size)
 
 
 def mixup(

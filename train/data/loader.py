@@ -62,7 +62,7 @@ class BatchOrder:
             return self.indices[balanced_order(self.balance, self.seed, epoch)]
         return self.indices[order(len(self.indices), self.seed, epoch)]
 
-    def numbers(self, rows: np.ndarray) -> np.ndarray:
+    def view_numbers(self, rows: np.ndarray) -> np.ndarray:
         """What decides the view of each of an epoch's rows: the row, and where it comes again, for
         another view, a number that no row has."""
         if self.balance is None:
@@ -71,7 +71,7 @@ class BatchOrder:
         first = np.searchsorted(rows, rows[sorted_rows], sorter=sorted_rows)
         times = np.empty_like(rows)
         times[sorted_rows] = np.arange(len(rows)) - first
-        return (rows + times * (self.indices.max() + 1)) & 0xFFFFFFFF
+        return rows + times * (self.indices.max() + 1)
 
 
 class Loader(BatchOrder):
@@ -128,7 +128,7 @@ class Loader(BatchOrder):
         Closing the iterator stops the threads; what a thread raises is raised here.
         """
         rows = self.rows(epoch)
-        numbers = self.numbers(rows)
+        numbers = self.view_numbers(rows)
         chunks = [(rows[a:b], numbers[a:b]) for a, b in self.bounds[start:]]
         if not self.workers:
             yield from (self.batch(*chunk, epoch) for chunk in chunks)

@@ -26,7 +26,7 @@ def identity(image: np.ndarray, strength: float) -> np.ndarray:
 
 def autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
     """Each channel stretched to 0..255."""
-    low, high = (edge.astype(np.float64) for edge in (image.min((0, 1)), image.max((0, 1))))
+    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(image)]).T
     scale = np.where(high > low, 255 / np.maximum(high - low, 1), 1)
     shift = np.where(high > low, -low * scale, 0)
     table = np.clip(np.arange(256)[:, None] * scale + shift, 0, 255)

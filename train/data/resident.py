@@ -60,7 +60,7 @@ class ResidentLoader(BatchOrder):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from number `start` on."""
         rows = self.rows(epoch)
-        numbers = self._there(self.numbers(rows))
+        numbers = self._there(self.view_numbers(rows))
         rows = numbers if self.balance is None else self._there(rows)
         number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
         for first, last in self.bounds[start:]:
