@@ -9,7 +9,6 @@ from tests.test_step import OPTIM, micro_resnet
 from train.data.augment import augment_batch, cutmix
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader
-from train.loop import train_epoch
 from train.mosaic import COLUMNS, FONT, GAP, LINE, TILE, _fitting, draw_batch, first_batch
 from train.training import Training
 
@@ -34,19 +33,26 @@ def training(**options) -> Training:
     return Training(micro_resnet(), OPTIM, total_steps=4, amp_dtype=None, seed=2, **options)
 
 
-@pytest.mark.parametrize("kind", [Loader, ResidentLoader])
-@pytest.mark.parametrize("alphas", [{}, {"mixup_alpha": 0.4}, {"cutmix_alpha": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "alphas"),
+    [
+        (Loader, {}),
+        (Loader, {"mixup_alpha": 0.4}),
+        (Loader, {"cutmix_alpha": 1.0}),
+        (ResidentLoader, {"cutmix_alpha": 1.0}),
+    ],
+)
 def test_it_is_what_the_first_step_sees(images, alphas, kind):
     run = training(**alphas)
     source = loader(images, kind, augment="light")
     seen = []
     run.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     shown, others, share = first_batch(source, run)
-    train_epoch(run, source, 1, [])
+    first = next(iter(source.epoch(1)))
+    run.train_step(first, 1, 1)
     assert len(shown.images) == 32
     assert torch.equal(shown.images, seen[0][:32])
     assert (others is None) == (not alphas)
-    first = next(iter(source.epoch(1)))
     assert torch.equal(shown.labels, first.labels[:32])
     if alphas:
         partner, lam, *box = run.mixing(36, 1, 1)

@@ -199,6 +199,13 @@ def test_folds_are_a_partition_that_parts_no_picture(photos, folds, seed):
         assert split.leaked_share == 0
 
 
+def test_a_large_group_is_met_by_many_small_ones():
+    photos = photos_of([0] * 8 + list(range(1, 9)) + list(range(20, 36)), [0] * 16 + [1] * 16, 2)
+    for fold in (1, 2):
+        val = fold_photos(photos, fold=fold, folds=2, seed=4).val
+        assert np.bincount(photos.labels[val]).tolist() == [8, 8]
+
+
 def test_folds_are_stratified_and_a_function_of_the_seed():
     """Against scikit-learn's grouped stratified folds: as even, class by class."""
     rng = np.random.default_rng(0)
