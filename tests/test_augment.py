@@ -14,12 +14,15 @@ from train.data.augment import (
     AUGMENTS,
     STRENGTHS,
     augment_batch,
+    balanced_order,
+    cutmix,
     mixup,
     order,
     philox,
     philox4x32,
     uniform,
 )
+from train.data.resident import KERNEL_AUGMENTS
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -57,6 +60,8 @@ def test_philox_is_bit_equal_to_tritons(seed):
     _philox_kernel[(1,)](words, floats, index, seed, 2, 31, N=64)
     expected = philox(seed, 2, index.cpu().numpy(), 31)
     assert np.array_equal(words.cpu().numpy().view(np.uint32), expected)
+    beyond = index.cpu().numpy() + np.int64(2**32)  # a GPU's uint32 wraps as well
+    assert np.array_equal(philox(seed, 2, beyond, 31), expected)
     ours = uniform(seed, 2, index.cpu().numpy(), 31)
     assert ours.dtype == np.float32
     assert np.array_equal(floats.cpu().numpy(), ours)
@@ -98,7 +103,7 @@ def test_none_is_the_identity_or_an_antialiased_whole():
     assert np.abs(half - boxes).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["light", "strong"])
+@pytest.mark.parametrize("kind", ["light", "strong", "heavy"])
 def test_a_view_depends_on_seed_epoch_and_index_alone(kind):
     images = photos()
     indices = np.array([10, 11, 12, 13, 14, 15])
@@ -206,5 +211,55 @@ def test_mixup_is_a_function_of_seed_epoch_and_batch():
     assert mixup(4, 0, seed=0, epoch=0, batch=0)[0] == 1.0
 
 
+def test_cutmix_boxes_cover_the_drawn_share_where_they_are_whole():
+    box, partner = cutmix(32, 1.0, seed=1, epoch=2, batch=3)
+    again = cutmix(32, 1.0, seed=1, epoch=2, batch=3)
+    assert (box.tolist(), partner.tolist()) == (again[0].tolist(), again[1].tolist())
+    assert sorted(partner.tolist()) == list(range(32))
+    drawn = [cutmix(2, 1.0, seed=0, epoch=0, batch=b)[0] for b in range(3000)]
+    top, left, bottom, right = np.array(drawn).T
+    assert min(top.min(), left.min()) == 0
+    assert max(bottom.max(), right.max()) == 1
+    assert ((top <= bottom) & (left <= right)).all()
+    whole = (top > 0) & (left > 0) & (bottom < 1) & (right < 1)
+    assert np.abs((bottom - top) - (right - left))[whole].max() < 1e-6
+    # a side s = sqrt(1 - lam) has the density 2 s for a uniform lam; what the cut leaves of it in
+    # one axis, on average over the centres, by quadrature
+    side = (np.arange(2000) + 0.5) / 2000
+    centre = (np.arange(500) + 0.5) / 500
+    first = np.clip(centre - side[:, None] / 2, 0, 1)
+    length = (np.clip(centre + side[:, None] / 2, 0, 1) - first).mean(1)
+    expected = (2 * side * length**2).mean()
+    area = (bottom - top) * (right - left)
+    assert area.mean() == pytest.approx(expected, abs=4 * area.std() / np.sqrt(3000))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=80), st.integers(0, 2**63), st.integers(0, 9)
+)
+def test_a_balanced_epoch_shows_each_class_equally_often(labels, seed, epoch):
+    labels = np.array(labels)
+    chosen = balanced_order(labels, seed, epoch)
+    assert len(chosen) == len(labels)
+    assert np.array_equal(chosen, balanced_order(labels, seed, epoch))
+    shown = np.bincount(labels[chosen], minlength=5)[np.unique(labels)]
+    assert shown.max() - shown.min() <= 1
+
+
+def test_balanced_draws_are_even_and_their_order_is_shuffled():
+    labels = np.array([0] * 90 + [1] * 9 + [2])
+    epochs = np.stack([balanced_order(labels, 7, epoch) for epoch in range(300)])
+    counts = np.bincount(epochs.ravel(), minlength=100)
+    assert counts.sum() == 30_000
+    assert counts[99] == counts[90:99].sum() == counts[:90].sum() == 10_000  # over three epochs
+    assert np.abs(counts[:90] - 10_000 / 90).max() < 5 * np.sqrt(10_000 / 90)
+    assert np.abs(counts[90:99] - 10_000 / 9).max() < 5 * np.sqrt(10_000 / 9)
+    # every place in the epoch has every class in a third of the epochs
+    share = (labels[epochs] == 2).mean(0)
+    assert np.abs(share - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 300)
+
+
 def test_the_list_of_augmentations():
-    assert AUGMENTS == ("none", "light", "strong")
+    assert AUGMENTS == ("none", "light", "strong", "heavy")
+    assert KERNEL_AUGMENTS == ("none", "light", "strong")

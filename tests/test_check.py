@@ -183,6 +183,27 @@ def test_the_leak_is_that_of_the_split_a_training_makes(tmp_path):
     assert leaked_share(groups, np.array([0, 2, 3]), np.array([1, 4, 5])) == pytest.approx(2 / 3)
 
 
+def test_the_leak_of_the_tables_own_split(tmp_path, capsys):
+    """Ten pictures in validation, two of them copied to train and one mirrored there."""
+    files = {f"train/{i:02}.jpg": jpeg(picture(i)) for i in range(40)}
+    files["train/41.jpg"], files["train/42.jpg"] = files["train/00.jpg"], files["train/01.jpg"]
+    files["train/43.jpg"] = jpeg(ImageOps.mirror(picture(2)))
+    rows = [
+        f"{name[6:]},{'ab'[int(name[6:8]) % 2]},{'val' if i < 10 else 'train'}"
+        for i, name in enumerate(files)
+    ]
+    folder = write(tmp_path / "photos", files)
+    (folder / "train.csv").write_text("\n".join(["filename,label,split", *rows]))
+    examined = examine(open_photos(str(folder)), progress=False)
+    given = examined.leaks[2]
+    assert (given.split, given.identical, given.alike) == ("given", 0.2, 0.3)
+    main([str(folder), "--out", str(tmp_path / "out")])
+    assert (
+        "problem  the column split leaves 30.0 % of the validation photos with a twin in train "
+        "(20.0 % identical); remove the column" in capsys.readouterr().out
+    )
+
+
 def test_single_photos_that_look_wrong(tmp_path):
     frames = [picture(40, 64), picture(41, 64)]
     turned = Image.Exif()

@@ -61,7 +61,7 @@ def test_layout_and_single_rounding(images, dtype, channels_last):
     assert torch.equal(batch.images, truth(images[:4]).to(dtype))
 
 
-@pytest.mark.parametrize("augment", ["none", "light", "strong"])
+@pytest.mark.parametrize("augment", ["none", "light", "strong", "heavy"])
 def test_workers_and_start_change_nothing(images, augment):
     options = {"augment": augment, "shuffle": True, "image_size": 35, "seed": 11}
     expected = list(loader(images, **options).epoch(4))
@@ -110,6 +110,30 @@ def test_usage_errors(images):
         loader(images, batch_size=24, drop_last=True)
     with pytest.raises(ValueError, match="smaller than 41"):
         loader(images, image_size=41)
+
+
+def test_a_balanced_epoch_repeats_photos_but_no_views(images):
+    labels = np.array([0] * 20 + [1] * 3)
+    options = {"batch_size": 8, "image_size": 35, "augment": "light", "shuffle": True, "seed": 1}
+    balanced = Loader(images, labels, np.arange(N), balance=labels, workers=0, **options)
+    batches = list(balanced.epoch(4))
+    assert same(list(balanced.epoch(4, start=1)), batches[1:])
+    threads = Loader(images, labels, np.arange(N), balance=labels, workers=3, **options)
+    assert same(list(threads.epoch(4)), batches)
+    rows = torch.cat([b.indices for b in batches])
+    assert np.array_equal(rows, balanced.rows(4))
+    shown = torch.cat([b.labels for b in batches])
+    assert torch.equal(shown, torch.from_numpy(labels)[rows])
+    assert sorted(np.bincount(shown).tolist()) == [11, 12]
+    views = torch.cat([b.images for b in batches])
+    assert len(torch.unique(views.flatten(1), dim=0)) == N  # some of three photos, each a new view
+    # a photo's first view is the one it has without balance
+    plain = Loader(images, labels, np.arange(N), **options)
+    usual = {i.item(): x for b in plain.epoch(4) for i, x in zip(b.indices, b.images, strict=True)}
+    for row in set(rows.tolist()):
+        assert torch.equal(views[(rows == row).nonzero()[0, 0]], usual[row])
+    numbers = balanced.view_numbers(np.array([5, 7, 5, 5, 7]))
+    assert numbers.tolist() == [5, 7, 5 + N, 5 + 2 * N, 7 + N]
 
 
 def loader_threads() -> list[str]:

@@ -10,8 +10,8 @@ from tests.helpers import DEVICE
 from train import inputs
 from train.config import DEFAULT
 from train.data import Loader, resident
-from train.data.augment import AUGMENTS, STD
-from train.data.resident import ResidentLoader, upload
+from train.data.augment import STD
+from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
 from train.inputs import Inputs, make_loaders, resident_pixels
 
 N = 11
@@ -34,7 +34,7 @@ def both(images, **options):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("augment", KERNEL_AUGMENTS)
 def test_batches_are_those_of_the_loader(images, augment, shuffle):
     threads, ours = both(images, augment=augment, shuffle=shuffle)
     assert len(ours) == len(threads)
@@ -48,6 +48,29 @@ def test_batches_are_those_of_the_loader(images, augment, shuffle):
             assert b.images.is_contiguous(memory_format=torch.channels_last)
             levels = (a.images - b.images.cpu()) * 255 * torch.tensor(STD)[:, None, None]
             assert levels.abs().max() <= TOLERANCE[augment]
+
+
+def test_a_balanced_epoch_is_that_of_the_loader(images):
+    threads, ours = both(images, augment="light", shuffle=True, balance=LABELS[ROWS])
+    for expected, found in zip(threads.epoch(2), ours.epoch(2), strict=True):
+        assert torch.equal(expected.indices, found.indices.cpu())
+        assert torch.equal(expected.labels, found.labels.cpu())
+        levels = (expected.images - found.images.cpu()) * 255 * torch.tensor(STD)[:, None, None]
+        assert levels.abs().max() <= TOLERANCE["light"]
+    rows, numbers = np.array([5, 2]), np.array([16, 2])
+    expected, found = (loader.batch(rows, numbers, 3) for loader in (threads, ours))
+    assert found.indices.tolist() == [5, 2]
+    assert (expected.images - found.images.cpu()).abs().mean() < 0.02
+
+
+def test_what_the_kernel_does_not_know_is_made_by_the_threads(images, monkeypatch):
+    with pytest.raises(ValueError, match="heavy"):
+        both(images, augment="heavy")
+    memory = SimpleNamespace(total_memory=2**40)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    pixels, reason = resident_pixels(given(images), DEVICE, "triton", "heavy")
+    assert (pixels, reason) == (None, "the kernels know no --augment heavy")
+    assert resident_pixels(given(images), DEVICE, "triton", "strong")[0] is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -67,6 +67,7 @@ def test_run_folder_is_complete(finished):
         "config.json",
         "metrics.jsonl",
         "summary.json",
+        "batch.png",
         "curves.png",
         "confusion_matrix.png",
         "report.html",
@@ -143,7 +144,13 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("extra", [[], ["--recipe", "report", "--image-size", "32"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--augment", "heavy", "--sampler", "balanced", "--cutmix", "1", "--mixup", "0.2"],
+        ["--recipe", "report", "--image-size", "32"],
+    ],
+)
 def test_resume_is_exact(photos, tmp_path, monkeypatch, extra, capsys):
     flags = [*QUICK, *extra, "--epochs", "3", "--data", photos, "--dropout", "0.3"]
     assert main(*flags, "--out", tmp_path / "whole") == 0
@@ -157,7 +164,11 @@ def test_resume_is_exact(photos, tmp_path, monkeypatch, extra, capsys):
     with pytest.raises(Stop):
         main(*flags, "--out", tmp_path / "parts")
     monkeypatch.undo()
+    mosaic = tmp_path / "parts" / "batch.png"
+    assert mosaic.read_bytes() == (tmp_path / "whole" / "batch.png").read_bytes()
+    mosaic.write_bytes(mosaic.read_bytes() + b" ")  # not made again
     assert main("--resume", tmp_path / "parts") == 0
+    assert mosaic.read_bytes().endswith(b" ")
     whole, parts = (
         checkpoint.load(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "parts")
     )
@@ -241,6 +252,11 @@ def test_synthetic_is_the_default_source(tmp_path):
         (["--momentum", "0"], 2, "--no-nesterov"),
         (["--model", "micro_plain", "--zero-init-residual"], 2, "leave it out"),
         (["--threads", "0"], 2, "--threads"),
+        (["--split", "stratified"], 2, "--split stratified is no file: give grouped, random"),
+        (["--split", __file__], 3, "needs one column filename"),
+        (["--fold", "1"], 2, "--fold and --folds need each other"),
+        (["--fold", "1", "--folds", "40"], 2, "--folds 14 can"),
+        (["--cutmix", "-1"], 2, "--cutmix must be 0 or more"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(flags, code, words, photos, tmp_path, capsys):
@@ -278,6 +294,36 @@ def test_random_split_warns_with_the_leak(photos, tmp_path, capsys):
     assert main(*QUICK, "--data", photos, "--out", tmp_path / "r", *flags) == 0
     assert "too high" in capsys.readouterr().err
     assert read(tmp_path / "r" / "summary.json")["split"]["leaked_share"] > 0
+
+
+def test_another_run_has_the_very_same_split(finished, photos, tmp_path, capsys):
+    """From a file, also when that is gone when the run goes on; the folder holds its own copy."""
+    table = tmp_path / "theirs.csv"
+    table.write_bytes((finished / "split.csv").read_bytes())
+    flags = ["--split", table, "--seed", "7", "--recipe", "report", "--image-size", "48"]
+    out = tmp_path / "r"
+    assert main(*QUICK, "--epochs", "1", "--data", photos, "--out", out, *flags) == 0
+    assert f"(given by {table})" in capsys.readouterr().out
+    assert (out / "split.csv").read_bytes() == table.read_bytes()
+    table.unlink()
+    assert main("--resume", out) == 0
+
+
+def test_folds_and_the_sampler_from_the_command_line(photos, tmp_path, capsys):
+    seen = []
+    for fold in (1, 2, 3):
+        flags = ["--fold", fold, "--folds", "3", "--sampler", "balanced", "--epochs", "1"]
+        out = tmp_path / str(fold)
+        assert main(*QUICK, "--data", photos, "--out", out, *flags) == 0
+        rows = list(csv.DictReader((out / "split.csv").open()))
+        seen += [row["filename"] for row in rows if row["split"] == "val"]
+        said = capsys.readouterr().out
+        assert f"(grouped, fold {fold} of 3)" in said
+        assert "sampler: balanced, an epoch shows each class 10 times" in said
+        assert "drawn with replacement from its 10 to 10 photos" in said
+        report = (out / "report.html").read_text()
+        assert "Training batch" in report
+    assert len(seen) == len(set(seen)) == 45
 
 
 def test_fused_announces_its_path_and_reason(photos, tmp_path, capsys):

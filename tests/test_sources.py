@@ -131,9 +131,29 @@ def test_what_is_left_out_is_counted_with_its_reason(table, tmp_path):
     assert len(photos) == 4
 
 
-def test_a_split_column_warns_that_it_is_not_used(table):
-    with pytest.warns(UserWarning, match="column split"):
-        open_photos(table(ROWS.replace("label\n", "label,split\n")))
+def test_a_split_column_gives_each_photo_its_side(table):
+    rows = "filename,label,Split\na.jpg,x,train\nb.jpg,y, VAL\nc.jpg,x,val\nd.jpg,y,train\n"
+    photos = open_photos(table(rows))
+    assert photos.sides == ("train", "val", "val", "train")
+    assert photos.subset([2, 0]).sides == ("val", "train")
+    assert open_photos(table(ROWS)).sides is None
+    again = open_photos(table(rows + "a.jpg,x,train\n"))
+    assert (again.sides, len(again.excluded)) == (photos.sides, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("d.jpg,y,test", "row 5 of .* has the split 'test': write train or val"),
+        ("d.jpg,y,", "row 5 of .* has the split '': write train or val"),
+        ("d.jpg,y", "row 5 of .* has the split ''"),
+        ("c.jpg,x,train", "row 5 of .* gives c.jpg a second side, train: keep one"),
+    ],
+)
+def test_a_split_column_that_cannot_be_trusted(table, row, message):
+    rows = "filename,label,split\na.jpg,x,train\nb.jpg,y,val\nc.jpg,x,val\n"
+    with pytest.raises(DataError, match=message):
+        open_photos(table(rows + row + "\n"))
 
 
 def test_folder_per_class(tmp_path):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import StratifiedGroupKFold
 
 from train import inputs
 from train.data import Photos, limit_photos, split_photos
 from train.data.dishes import DISHES
+from train.data.split import fold_photos
 from train.data.synthetic import draw
 from train.errors import UsageError
 
@@ -172,3 +174,57 @@ def test_pictures_are_compared_once_and_remembered(tmp_path, monkeypatch):
     (remembered,) = tmp_path.glob("*.pictures.json")
     remembered.write_text("[0, 1")
     assert (inputs.pictures_of(squares, photos) == found).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(sets_of_photos(one_label_a_content=False), st.integers(2, 5), seeds)
+def test_folds_are_a_partition_that_parts_no_picture(photos, folds, seed):
+    try:
+        splits = [fold_photos(photos, fold=k + 1, folds=folds, seed=seed) for k in range(folds)]
+    except UsageError as error:
+        # the class it names has too few pictures to be in every fold
+        label = photos.classes.index(str(error).split("class ")[1].split(" has")[0])
+        own = {photos.digests[i] for i in np.flatnonzero(photos.labels == label)}
+        mixed = {photos.digests[i] for i in np.flatnonzero(photos.labels != label)}
+        assert len(own - mixed) < folds
+        return
+    assert sorted(np.concatenate([s.val for s in splits]).tolist()) == list(range(len(photos)))
+    largest = np.unique(photos.digests, return_counts=True)[1].max()
+    sizes = [len(s.val) for s in splits]
+    assert max(sizes) - min(sizes) <= largest * len(photos.classes)
+    for split in splits:
+        assert sorted([*split.train, *split.val]) == list(range(len(photos)))
+        train = {photos.digests[i] for i in split.train}
+        assert train.isdisjoint(photos.digests[i] for i in split.val)
+        assert split.leaked_share == 0
+
+
+def test_a_large_group_is_met_by_many_small_ones():
+    photos = photos_of([0] * 8 + list(range(1, 9)) + list(range(20, 36)), [0] * 16 + [1] * 16, 2)
+    for fold in (1, 2):
+        val = fold_photos(photos, fold=fold, folds=2, seed=4).val
+        assert np.bincount(photos.labels[val]).tolist() == [8, 8]
+
+
+def test_folds_are_stratified_and_a_function_of_the_seed():
+    """Against scikit-learn's grouped stratified folds: as even, class by class."""
+    rng = np.random.default_rng(0)
+    contents = np.repeat(np.arange(150), rng.integers(1, 4, 150)).tolist()
+    photos = photos_of(contents, [c % 3 for c in contents], 3)
+    splits = [fold_photos(photos, fold=k, folds=5, seed=1) for k in range(1, 6)]
+    counts = np.array([np.bincount(photos.labels[s.val], minlength=3) for s in splits])
+    assert (counts.max(axis=0) - counts.min(axis=0) <= 1).all()
+    theirs = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    parts = theirs.split(np.zeros(len(photos)), photos.labels, contents)
+    spread = np.array([np.bincount(photos.labels[val], minlength=3) for _, val in parts])
+    assert (np.ptp(counts, axis=0) <= np.ptp(spread, axis=0)).all()
+    assert counts.sum(axis=1).max() - counts.sum(axis=1).min() <= 1
+    again = fold_photos(photos, fold=2, folds=5, seed=1)
+    assert np.array_equal(again.val, splits[1].val)
+    assert not np.array_equal(fold_photos(photos, fold=2, folds=5, seed=2).val, again.val)
+    assert splits[1].kind == "grouped, fold 2 of 5"
+    with pytest.warns(UserWarning, match=r"--split random, fold 1 of 5: \d+% of the validation"):
+        random = fold_photos(photos, fold=1, folds=5, kind="random", seed=1)
+    assert random.leaked_share > 0.3
+    with pytest.raises(UsageError, match=r"--folds 60: class class0 has 50 .*--folds 50 can"):
+        fold_photos(photos, fold=1, folds=60)

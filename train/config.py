@@ -12,6 +12,7 @@ from typing import Any, Literal
 from models import MODELS
 from train.errors import UsageError
 
+MADE_SPLITS = ("grouped", "random")  # by us; every other is read from a file
 ModelName = Literal["plain18", "plain34", "resnet18", "resnet34", "micro_plain", "micro_resnet"]
 assert set(ModelName.__args__) == set(MODELS)
 
@@ -44,17 +45,31 @@ class DataConfig:
     """Use only these classes, in this order (default: all, sorted)."""
     limit: int | None = None
     """Use only this many images, stratified by class, for a quick trial."""
-    split: Literal["grouped", "random"] = "grouped"
-    """grouped keeps all copies of a picture on one side; random reproduces published numbers, and
-    leaks."""
+    split: str = "grouped"
+    """grouped keeps all copies of a picture on one side (a column split in train.csv goes first);
+    random reproduces published numbers, and leaks; a CSV of filename,label,split, such as the
+    split.csv of another run, gives the very same split."""
     val_fraction: float = 0.2
     """Share of the images kept for validation; 0 trains on all of them."""
+    fold: int | None = None
+    """Validate on this one of --folds parts, from 1; every photo is in one of them."""
+    folds: int | None = None
+    """Parts of a cross-validation; needs --fold."""
+    accept_leak: bool = False
+    """A given split may have the same picture in train and validation; without this it is a
+    problem."""
     image_size: int = 112
     """Height and width of the training images in pixels."""
-    augment: Literal["none", "light", "strong"] = "strong"
-    """light: mild crops and flips; strong: also rotation, colour and smaller crops."""
+    augment: Literal["none", "light", "strong", "heavy"] = "strong"
+    """light: mild crops and flips; strong: also rotation, colour and smaller crops; heavy: more of
+    it, two random operations (as RandAugment) and random erasing."""
     mixup: float = 0.0
     """Mixup: alpha of the Beta distribution from which pairs of images are blended; 0 is off."""
+    cutmix: float = 0.0
+    """CutMix: alpha of the Beta distribution from which the area is drawn that an image takes from
+    another; 0 is off. With --mixup too, each batch has one of the two, by equal chance."""
+    sampler: Literal["random", "balanced"] = "random"
+    """random shows every training photo once an epoch; balanced shows every class equally often."""
     workers: int | None = None
     """Threads that prepare batches ahead (default: 1 on a CPU, up to 8 for a GPU)."""
 
@@ -203,16 +218,40 @@ def check(config: Config) -> None:
         ("--ema", optim.ema, 1),
         ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),
+        ("--cutmix", config.data.cutmix, None),
     ):
         if not 0 <= value < (most or float("inf")):
             limit = f"in [0, {most})" if most else "0 or more"
             raise UsageError(f"{flag} must be {limit}, not {value}")
+    _check_split(config.data)
     if optim.optimizer == "sgd" and optim.nesterov and not optim.momentum:
         raise UsageError("--nesterov needs --momentum above 0: add --momentum 0.9 or --no-nesterov")
     if config.model.zero_init_residual and "plain" in config.model.model:
         raise UsageError(
             f"--zero-init-residual needs residual blocks, {config.model.model} has none: "
             "leave it out"
+        )
+
+
+def _check_split(data: DataConfig) -> None:
+    given = data.split not in MADE_SPLITS
+    if given and not Path(data.split).is_file():
+        raise UsageError(
+            f"--split {data.split} is no file: give grouped, random, or a CSV of "
+            "filename,label,split such as a run's split.csv"
+        )
+    if (data.fold is None) != (data.folds is None):
+        raise UsageError("--fold and --folds need each other: --fold 1 --folds 5, then --fold 2 ..")
+    if data.fold is not None and not 1 <= data.fold <= data.folds >= 2:
+        raise UsageError(
+            f"--fold {data.fold} --folds {data.folds}: give at least 2 folds and one of 1 to that"
+        )
+    if given and data.fold is not None:
+        raise UsageError(f"--fold has no effect beside --split {data.split}: leave one out")
+    if (given or data.fold is not None) and data.val_fraction != DataConfig().val_fraction:
+        raise UsageError(
+            f"--val-fraction has no effect beside {'--split FILE' if given else '--fold'}: leave "
+            "one out"
         )
 
 

@@ -1,23 +1,26 @@
 """What a run trains on: the photos, their pixels, their split, and the loaders over them."""
 
-import csv
 import hashlib
-import io
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from train.config import Config, DataConfig
+from train.config import MADE_SPLITS, Config, DataConfig
 from train.data import Photos, Split, limit_photos, load_images, open_photos, split_photos
 from train.data.cache import default_cache_dir
 from train.data.duplicates import picture_groups, thumbnail
 from train.data.loader import Loader
-from train.data.resident import ResidentLoader, upload
+from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
+from train.data.split import fold_photos, given_split
+from train.data.split_file import read_split, split_csv
 from train.environment import default_workers
 from train.errors import CheckpointError
 from train.files import write_atomically
@@ -33,9 +36,7 @@ class Inputs:
 
     def split_csv(self) -> bytes:
         """split.csv: filename, label and side of every photo."""
-        text = io.StringIO()
-        csv.writer(text).writerows([("filename", "label", "split"), *self.split.rows()])
-        return text.getvalue().encode()
+        return split_csv(self.split.rows())
 
     def digest(self) -> str:
         """One SHA-256 over names, contents, labels and split: equal data, equal digest."""
@@ -58,18 +59,60 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Open, decode and split the photos of `config`. Raises DataError, DiskError or UsageError."""
     data, seed = config.data, config.run.seed
-    photos = open_photos(data.data, classes=data.classes, seed=seed)
+    listed = photos = open_photos(data.data, classes=data.classes, seed=seed)
     if data.limit is not None:
         photos = limit_photos(photos, data.limit, seed)
     images, photos = load_images(photos, stored_size(data))
-    split = split_photos(
-        photos,
-        pictures=pictures_of(images, photos) if data.val_fraction else None,
-        val_fraction=data.val_fraction,
-        kind=data.split,
-        seed=seed,
+    pictures = pictures_of(images, photos) if data.val_fraction else None
+    return Inputs(images, photos, make_split(config, photos, pictures, listed.files))
+
+
+def make_split(
+    config: Config, photos: Photos, pictures: np.ndarray | None, listed: Sequence[str] = ()
+) -> Split:
+    """The split that `config` or the data asks for, once the user has been told what leaks.
+
+    pictures: as for `split_photos`. listed: all files of the data, also those not among `photos`.
+    Raises DataError and UsageError.
+    """
+    data, seed = config.data, config.run.seed
+    made = data.fold is not None or data.val_fraction != DataConfig().val_fraction
+    if data.split not in MADE_SPLITS:
+        # a resumed run reads its own copy, whatever became of the original
+        folder = config.run.resume
+        table = Path(data.split) if folder is None else folder / "split.csv"
+        left_out = (*listed, *(excluded.file for excluded in photos.excluded))
+        sides = read_split(table, photos, left_out, other_classes=bool(data.classes))
+        split = given_split(photos, sides, pictures=pictures, origin=data.split)
+        _judge(split, data.accept_leak, "make it anew with --split grouped")
+        return split
+    if photos.sides and data.split == "grouped" and not made:
+        origin = "the column split of train.csv"
+        split = given_split(photos, photos.sides, pictures=pictures, origin=origin)
+        _judge(split, data.accept_leak, "remove the column, and twins are kept together")
+        return split
+    if photos.sides:
+        warnings.warn("the column split of train.csv is not used: flags go first", stacklevel=2)
+    if data.accept_leak:
+        warnings.warn("--accept-leak has no effect: no split is given", stacklevel=2)
+    if data.fold is not None:
+        fold = {"fold": data.fold, "folds": data.folds}
+        return fold_photos(photos, pictures=pictures, kind=data.split, seed=seed, **fold)
+    return split_photos(
+        photos, pictures=pictures, val_fraction=data.val_fraction, kind=data.split, seed=seed
     )
-    return Inputs(images, photos, split)
+
+
+def _judge(split: Split, accepted: bool, cure: str) -> None:
+    """Say what leaks through a given split, unless that was accepted."""
+    if split.leaked_share and not accepted:
+        leaked = round(split.leaked_share * len(split.val))
+        warnings.warn(
+            f"PROBLEM: {leaked} of the {len(split.val)} validation photos "
+            f"({split.leaked_share:.0%}) show a picture that is in train too, as {split.kind}, so "
+            f"their accuracy is too high: {cure}, or accept it with --accept-leak",
+            stacklevel=3,
+        )
 
 
 def stored_size(data: DataConfig) -> int:
@@ -79,7 +122,7 @@ def stored_size(data: DataConfig) -> int:
 
 
 def resident_pixels(
-    inputs: Inputs, device: torch.device, backend: str
+    inputs: Inputs, device: torch.device, backend: str, augment: str = "none"
 ) -> tuple[torch.Tensor | None, str]:
     """The pixels on the GPU, for batches to be made there; None, and why, where that cannot be.
 
@@ -87,6 +130,8 @@ def resident_pixels(
     """
     if backend != "triton":
         return None, f"the backend {backend} does not use the kernels"
+    if augment not in KERNEL_AUGMENTS:
+        return None, f"the kernels know no --augment {augment}"
     size, memory = inputs.images.nbytes, torch.cuda.get_device_properties(device).total_memory
     if 3 * size > memory:
         gigabytes = f"{size / 1e9:.1f} GB is more than a third of the GPU's {memory / 1e9:.1f} GB"
@@ -141,7 +186,12 @@ def make_loaders(
         make = partial(ResidentLoader, pixels, **options)
     labels, sizes = inputs.photos.labels, config.optim
     train = make(
-        labels, split.train, batch_size=sizes.batch_size, augment=data.augment, shuffle=True
+        labels,
+        split.train,
+        batch_size=sizes.batch_size,
+        augment=data.augment,
+        shuffle=True,
+        balance=labels[split.train] if data.sampler == "balanced" else None,
     )
     if not len(split.val):
         return train, None

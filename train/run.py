@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
@@ -31,6 +32,7 @@ from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
 from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, resident_pixels
 from train.loop import Listener, fit
+from train.mosaic import draw_batch, first_batch
 from train.progress import Progress
 from train.record import append_jsonl, create_run_folder, write_json
 from train.run_report import write_report
@@ -115,7 +117,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
     amp_dtype = choose_amp(config.run.amp, device)
     prepare(config.run)
     inputs = load_inputs(config)
-    _announce(inputs)
+    _announce(inputs, config.data.sampler)
     resumed = None
     if config.run.resume is not None:
         resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
@@ -133,7 +135,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
     classes = list(inputs.photos.classes)
     pixels = None
     if device.type == "cuda":
-        pixels, reason = resident_pixels(inputs, device, backend.name)
+        pixels, reason = resident_pixels(inputs, device, backend.name, config.data.augment)
         print(f"batches: made on the {'CPU' if pixels is None else 'GPU'} ({reason})")
         if pixels is not None and config.data.workers is not None:
             warnings.warn("--workers has no effect: the GPU makes the batches", stacklevel=1)
@@ -151,6 +153,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         total_steps=config.optim.epochs * len(train_loader),
         amp_dtype=amp_dtype,
         mixup_alpha=config.data.mixup,
+        cutmix_alpha=config.data.cutmix,
         seed=config.run.seed,
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
@@ -162,6 +165,10 @@ def train(config: Config, command: str) -> dict[str, Any]:
         folder = create_run_folder(config.run.out, config.model.model)
         write_json(folder / "config.json", {"command": command, **to_dict(config)})
         write_atomically(folder / "split.csv", inputs.split_csv())
+        try:
+            draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
+        except Exception as error:  # no picture stops a training
+            warnings.warn(f"batch.png was not made ({error})", stacklevel=1)
     print(f"run folder: {folder}")
 
     fixed = {
@@ -232,7 +239,7 @@ class Recorder(Listener):
         checkpoint.save(self.folder / "checkpoints", state, is_best)
 
 
-def _announce(inputs: Inputs) -> None:
+def _announce(inputs: Inputs, sampler: str) -> None:
     photos, split = inputs.photos, inputs.split
     for excluded in photos.excluded[:10]:
         print(f"left out {excluded.file}: {excluded.reason}")
@@ -240,9 +247,15 @@ def _announce(inputs: Inputs) -> None:
         print(f"left out {len(photos.excluded) - 10} more")
     print(
         f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
-        f"{len(split.train)} train, {len(split.val)} validation; "
+        f"{len(split.train)} train, {len(split.val)} validation ({split.kind}); "
         f"{split.duplicate_groups} pictures occur more than once"
     )
+    if sampler == "balanced":
+        counts = np.bincount(photos.labels[split.train], minlength=len(photos.classes))
+        print(
+            f"sampler: balanced, an epoch shows each class {counts.sum() / len(counts):.0f} times, "
+            f"drawn with replacement from its {counts.min()} to {counts.max()} photos"
+        )
 
 
 def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):

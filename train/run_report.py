@@ -24,7 +24,8 @@ def write_report(
     confusion: Sequence[Sequence[int]] | np.ndarray | None = None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write `curves.png`, `confusion_matrix.png` (with `confusion`) and `report.html`.
+    """Write `curves.png`, `confusion_matrix.png` (with `confusion`) and `report.html`, which also
+    shows the `batch.png` of the folder.
 
     `summary` and `history` are what `summary.json` and `metrics.jsonl` hold; `confusion` counts
     validation images `[true class, predicted class]` of the best epoch, in the order of `classes`.
@@ -54,6 +55,14 @@ def write_report(
             plot=True,
         )
         _class_table(page, np.asarray(confusion), classes)
+    if (folder / "batch.png").is_file():
+        page.section("Training batch")
+        page.figure(
+            folder / "batch.png",
+            "The first training batch as the network sees it, augmented and mixed; where two photos"
+            " are mixed, their shares stand below.",
+            "Photos of the first training batch with their classes.",
+        )
     _split(page, summary.get("split") or {})
     _epochs(page, history)
 

@@ -51,18 +51,19 @@ class TrainingStep:
         labels: Tensor,
         partner: Tensor | None = None,
         lam: Tensor | None = None,
+        box: Tensor | None = None,
     ) -> Tensor:
         """Train on images [N, 3, H, W] with labels int64 [N]; returns float32 [3]: the loss, how
         many images were classified right, and 1 if the update was skipped.
 
         partner int64 [N], lam float32 []: mixup, image i becomes lam of itself and 1 - lam of image
-        partner[i], and so does the loss.
+        partner[i], and so does the loss. box float32 [4]: cutmix, see `mix`.
         """
         before = self.buffers.copy()
 
         # ---- the training step ------------------------------------------------------------------
         if partner is not None:
-            images = images.lerp(images[partner], (1 - lam).to(images.dtype))
+            images, lam = mix(images, images[partner], lam, box)
         with autocast(self.device, self.amp_dtype):
             logits = self.model(images)
         loss = mixed(self.loss, logits, labels, partner, lam)
@@ -94,6 +95,25 @@ class TrainingStep:
         average = [] if self.average is None else list(self.average.state.values())
         weights = [*self.model.parameters(), *self.model.buffers()]
         return [*(w.detach() for w in weights), *slots, *average, *self.scale.tensors()]
+
+
+def mix(images: Tensor, others: Tensor, lam: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lam of `images` and 1 - lam of `others`, [N, 3, H, W]; within `box`, the others alone. Also
+    returns the share of `images` in the pixels of the result, float32 [].
+
+    box: float32 [4], top, left, bottom and right in 0..1, which are rounded to whole pixels.
+    """
+    blend = images.lerp(others, (1 - lam).to(images.dtype))
+    if box is None:
+        return blend, lam
+    height, width = images.shape[2:]
+    top, bottom = (box[0::2] * height).round()
+    left, right = (box[1::2] * width).round()
+    y = torch.arange(height, device=box.device)[:, None]
+    x = torch.arange(width, device=box.device)
+    inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+    area = (bottom - top) * (right - left)
+    return torch.where(inside, others, blend), lam * (1 - area / (height * width))
 
 
 def mixed(measure, logits: Tensor, labels: Tensor, partner: Tensor | None, lam: Tensor | None):

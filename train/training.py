@@ -5,11 +5,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from train.config import OptimConfig
-from train.data.augment import mixup
+from train.data.augment import cutmix, mixup
 from train.data.loader import Batch
 from train.errors import LapisError
 from train.graphs import CapturedStep
@@ -77,6 +78,7 @@ class Training:
         total_steps: int,
         amp_dtype: torch.dtype | None,
         mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
         seed: int = 0,
         cuda_graph: bool = False,
     ):
@@ -86,6 +88,7 @@ class Training:
         self.on_cuda = self.device.type == "cuda"
         self.amp_dtype = amp_dtype
         self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
         self.seed = seed
         self.total_steps = total_steps
         self.steps = 0
@@ -112,17 +115,33 @@ class Training:
         self.steps += 1
         if self.average is not None:
             self.average.prepare(self.steps)
-        mixing = self._mixing(len(batch.labels), epoch, number) if self.mixup_alpha else ()
+        mixing = self.mixing(len(batch.labels), epoch, number)
         outcome = self.run_step(batch.images, batch.labels, *mixing)
         return Underway(epoch, number, batch.indices, outcome)
 
-    def _mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        lam, partner = mixup(size, self.mixup_alpha, seed=self.seed, epoch=epoch, batch=number)
-        partner = torch.from_numpy(partner)
-        if self.on_cuda:  # from memory that is not pinned, a copy would wait
-            partner = partner.pin_memory().to(self.device, non_blocking=True)
+    def mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, ...]:
+        """What the step takes besides a batch of `size` images: the partner of each, the share it
+        keeps and with cutmix the box; nothing where neither mixup nor cutmix is on."""
+        if not self.mixup_alpha and not self.cutmix_alpha:
+            return ()
+        key = {"seed": self.seed, "epoch": epoch, "batch": number}
+        lam, partner = mixup(size, self.mixup_alpha, **key)
+        box = np.zeros(4, np.float32)
+        chance = np.random.default_rng((self.seed, epoch, number, 2)).random()
+        if self.cutmix_alpha and (not self.mixup_alpha or chance < 0.5):
+            lam = 1.0
+            box, partner = cutmix(size, self.cutmix_alpha, **key)
         # in 256ths both shares are exact in 16 bits: pixels and labels are mixed alike
-        return partner, torch.full((), round(256 * lam) / 256, device=self.device)
+        share = torch.full((), round(256 * lam) / 256, device=self.device)
+        if not self.cutmix_alpha:
+            return self._there(partner), share
+        return self._there(partner), share, self._there(box)
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(values)
+        if self.on_cuda:  # from memory that is not pinned, a copy would wait
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor
 
     def finish(self, underway: Underway) -> Step:
         """Wait for a step. Raises NonFiniteLoss, which names the first batch, when its loss was

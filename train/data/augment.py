@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from train.data.operations import erase, operate
+
 # Batches are prepared by threads of the loader; OpenCV's own threads would only fight with them.
 cv2.setNumThreads(1)
 
@@ -19,7 +21,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
 
 # Which four numbers of the generator decide what.
-CROP, TURN, COLOUR, ORDER = range(4)
+CROP, TURN, COLOUR, ORDER, OPERATE, ERASE, PLACE, SAMPLE = range(8)
 
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -43,7 +45,9 @@ class Strength:
 STRENGTHS = {
     "light": Strength(area=0.7, ratio=1.1, degrees=0, colour=0),
     "strong": Strength(area=0.35, ratio=4 / 3, degrees=15, colour=0.3),
+    "heavy": Strength(area=0.25, ratio=4 / 3, degrees=20, colour=0.4),
 }
+HEAVY = "heavy"  # goes on with `operations`, of which the kernels know none
 AUGMENTS = ("none", *STRENGTHS)
 
 
@@ -60,7 +64,9 @@ def philox4x32(counter: Sequence, key: tuple[int, int]) -> np.ndarray:
 
 
 def philox(seed: int, draw, index, epoch) -> np.ndarray:
-    """Four random words for each (draw, index, epoch), any of them arrays: uint32 [4, ...]."""
+    """Four random words for each (draw, index, epoch), any of them arrays: uint32 [4, ...]. As a
+    counter has 32 bits, so many of the index count."""
+    index = np.asarray(index, dtype=np.uint64) & np.uint64(0xFFFFFFFF)
     return philox4x32((draw, index, epoch, 0), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
 
 
@@ -74,6 +80,22 @@ def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of 0 .. n-1 for (seed, epoch), int64 [n]: the order of random 64-bit keys."""
     words = philox(seed, ORDER, np.arange(n), epoch).astype(np.uint64)
     return np.argsort((words[0] << np.uint64(32)) | words[1], kind="stable")
+
+
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many positions in `labels` (int [n]) as it has, each class equally often: int64 [n].
+
+    Where n is no multiple of the classes, some come once more, others in the next epoch. Within a
+    class positions are drawn with replacement; the classes come in the order of `order`.
+    """
+    present = np.unique(labels)
+    turns = (order(len(labels), seed, epoch) + epoch) % len(present)
+    words = philox(seed, SAMPLE, np.arange(len(labels)), epoch)[0].astype(np.uint64)
+    chosen = np.empty(len(labels), dtype=np.int64)
+    for turn, label in enumerate(present):
+        own, here = np.flatnonzero(labels == label), turns == turn
+        chosen[here] = own[words[here] * np.uint64(len(own)) >> np.uint64(32)]
+    return chosen
 
 
 def augment_batch(
@@ -98,15 +120,21 @@ def augment_batch(
             else:
                 cv2.resize(image, (image_size, image_size), view, interpolation=cv2.INTER_AREA)
         return out
-    strength = STRENGTHS[kind]
-    store = len(images[0])
-    views = _views(strength, np.asarray(indices), epoch, seed, store, image_size)
-    factors = _colour_factors(strength, np.asarray(indices), epoch, seed)
+    strength, indices = STRENGTHS[kind], np.asarray(indices)
+    views = _views(strength, indices, epoch, seed, len(images[0]), image_size)
+    factors = _colour_factors(strength, indices, epoch, seed)
+    if kind == HEAVY:
+        draws = [uniform(seed, draw, indices, epoch) for draw in (OPERATE, ERASE, PLACE)]
+        draws = np.concatenate(draws).T.astype(np.float64)  # [B, 12]
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    for image, matrix, factor, view in zip(images, views, factors, out, strict=True):
-        cv2.warpAffine(image, matrix, (image_size, image_size), view, flags, cv2.BORDER_REFLECT_101)
+    size = (image_size, image_size)
+    for i, (image, view) in enumerate(zip(images, out, strict=True)):
+        cv2.warpAffine(image, views[i], size, view, flags, cv2.BORDER_REFLECT_101)
         if strength.colour:
-            cv2.transform(view.copy(), _colour_matrix(view, *factor), view)
+            cv2.transform(view.copy(), _colour_matrix(view, *factors[i]), view)
+        if kind == HEAVY:
+            view[:] = operate(view, draws[i, :4])
+            erase(view, draws[i, 4:7], draws[i, 8:10])
     return out
 
 
@@ -152,6 +180,22 @@ def _colour_matrix(
     )
     matrix[:, 3] = (1 - contrast) * brightness * (_GREY @ cv2.mean(image)[:3])
     return matrix
+
+
+def cutmix(
+    size: int, alpha: float, *, seed: int, epoch: int, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What batch number `batch` of `size` images pastes: (box, permutation int64 [size]).
+
+    box: float32 [4], top, left, bottom, right in 0..1; within it, the same for all images, the
+    pixels are those of the permutation. It has an area of 1 - lam before it is cut to the picture,
+    lam from Beta(alpha, alpha), and its centre anywhere. (Yun et al.: "CutMix", ICCV 2019.)
+    """
+    generator = np.random.default_rng((seed, epoch, batch, 1))
+    reach = np.sqrt(1 - generator.beta(alpha, alpha)) / 2
+    centre = generator.random(2)
+    box = np.concatenate([centre - reach, centre + reach]).clip(0, 1)
+    return box.astype(np.float32), generator.permutation(size)
 
 
 def mixup(

@@ -92,7 +92,7 @@ def _overview(page: Page, examined: Examined, found: Sequence[Finding]) -> None:
             ("split", "identical twin in train", "identical or near twin in train"),
             [(k.split, percent(k.identical), percent(k.alike)) for k in examined.leaks],
             "Shares of the validation photos, for the split a training would make of this folder"
-            " and for one that looks at the classes only.",
+            " and for one that looks at the classes only; given is the table's own column split.",
         )
 
 

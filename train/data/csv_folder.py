@@ -1,12 +1,12 @@
-"""A folder with `train.csv` (columns filename, label) and the photos in `train/`."""
+"""A folder with `train.csv` (columns filename, label[, split]) and the photos in `train/`."""
 
-import csv
-import io
-import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from train.data.photos import Excluded, Photos, choose_classes, list_photos, photo_files
+from train.data.split_file import side_of
+from train.data.table import read_rows
 from train.errors import DataError
 
 
@@ -22,8 +22,11 @@ def open_source(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
         raise DataError(f"{folder} has train.csv but no folder train/: put the photos there.")
     table = folder / "train.csv"
     listed: dict[str, tuple[str, int]] = {}
+    sides: dict[str, str] = {}
     excluded = []
-    for row, file, label in read_table(table):
+    for row, file, label, side in read_table(table):
+        if side is not None and sides.setdefault(file, side) != side:
+            raise DataError(f"row {row} of {table} gives {file} a second side, {side}: keep one.")
         if file not in listed:
             listed[file] = (label, row)
         elif listed[file][0] == label:
@@ -43,58 +46,24 @@ def open_source(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
         for file, (label, row) in listed.items()
         if label in chosen
     ]
-    return list_photos(folder.name, root, entries, chosen, [*excluded, *junk, *unlisted])
+    found = list_photos(folder.name, root, entries, chosen, [*excluded, *junk, *unlisted])
+    return replace(found, sides=tuple(sides[file] for file in found.files) if sides else None)
 
 
-def read_table(table: Path) -> Iterator[tuple[int, str, str]]:
-    """(row, file, label) of each row that is not blank; the row counts lines from 1.
+def read_table(table: Path) -> Iterator[tuple[int, str, str, str | None]]:
+    """(row, file, label, side) of each row that is not blank; the row counts lines from 1.
 
-    Comma, semicolon or tab; a byte order mark, CRLF and stray spaces do not matter.
-    Raises DataError with the row.
+    side: "train" or "val" from the column split, None in a table without. Stray spaces do not
+    matter. Raises DataError with the row.
     """
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{table} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from None
-    except OSError as error:
-        raise DataError(f"{table} cannot be read ({error.strerror}).") from None
-    if "\0" in text:
-        raise DataError(f"{table} holds NUL characters: save it as UTF-8 text.")
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    columns: list[str] = []
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if not any(cells):
-                continue
-            if not columns:
-                columns = [cell.lower() for cell in cells]
-                at_file, at_label = _columns(table, columns)
-                continue
-            where = f"row {reader.line_num} of {table}"
-            file, label = (cells[at] if at < len(cells) else "" for at in (at_file, at_label))
-            if not file or not label:
-                missing = "label" if file else "filename"
-                raise DataError(f"{where} has no {missing}: fill it in or delete the row.")
-            yield reader.line_num, _relative(file, where), label
-    except csv.Error as error:
-        raise DataError(f"row {reader.line_num} of {table} is not CSV ({error}).") from None
-
-
-def _columns(table: Path, columns: list[str]) -> tuple[int, int]:
-    for column in ("filename", "label"):
-        if columns.count(column) != 1:
-            raise DataError(
-                f"{table} needs one column {column} in its first row, which reads "
-                f"{', '.join(columns)}: name the columns filename,label."
-            )
-    if "split" in columns:
-        warnings.warn(f"{table} has a column split, which is not used here.", stacklevel=2)
-    return columns.index("filename"), columns.index("label")
+    for row, cells in read_rows(table, ("filename", "label")):
+        where = f"row {row} of {table}"
+        file, label = cells["filename"].strip(), cells["label"].strip()
+        if not file or not label:
+            missing = "label" if file else "filename"
+            raise DataError(f"{where} has no {missing}: fill it in or delete the row.")
+        side = side_of(cells["split"], where) if "split" in cells else None
+        yield row, _relative(file, where), label, side
 
 
 def _relative(file: str, where: str) -> str:

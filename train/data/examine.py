@@ -198,8 +198,16 @@ def _leaks(photos: Photos, same: np.ndarray, alike: np.ndarray) -> Iterator[Leak
                 kind=kind,
                 seed=RunConfig().seed,
             )
-        train, val = split.train, split.val
-        yield Leak(kind, leaked_share(same, train, val), leaked_share(alike, train, val))
+        yield _leak(kind, split.train, split.val, same, alike)
+    if photos.sides:
+        in_val = np.array(photos.sides) == "val"
+        yield _leak("given", np.flatnonzero(~in_val), np.flatnonzero(in_val), same, alike)
+
+
+def _leak(
+    kind: str, train: np.ndarray, val: np.ndarray, same: np.ndarray, alike: np.ndarray
+) -> Leak:
+    return Leak(kind, leaked_share(same, train, val), leaked_share(alike, train, val))
 
 
 def leaked_share(groups: np.ndarray, train: np.ndarray, val: np.ndarray) -> float:

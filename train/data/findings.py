@@ -91,12 +91,15 @@ def _twins(examined: Examined) -> Iterator[Finding]:
     for leak in examined.leaks:
         if not leak.alike:
             continue
+        name = "the column split" if leak.split == "given" else f"a {leak.split} split"
         what = (
-            f"a {leak.split} split leaves {percent(leak.alike)} of the validation photos with a "
+            f"{name} leaves {percent(leak.alike)} of the validation photos with a "
             f"twin in train ({percent(leak.identical)} identical)"
         )
         if leak.split == "grouped":
             yield Finding("bad", what, "delete the near duplicates, or accuracy will flatter")
+        elif leak.split == "given":
+            yield Finding("bad", what, "remove the column, and twins are kept together")
         else:
             yield Finding("warn", what, "keep to --split grouped, the default")
     if examined.exact:

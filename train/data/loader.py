@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from train.data.augment import AUGMENTS, MEAN, STD, augment_batch, order
+from train.data.augment import AUGMENTS, MEAN, STD, augment_batch, balanced_order, order
 from train.errors import UsageError
 
 
@@ -30,6 +30,8 @@ class BatchOrder:
 
     shuffle: a new order each epoch; a last batch of a single image then joins the one before it,
     because batch normalisation cannot train on one. drop_last: leave out a last partial batch.
+    balance: int [len(indices)], their classes, to show each equally often; None shows every row
+    once.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class BatchOrder:
         shuffle: bool,
         drop_last: bool = False,
         seed: int = 0,
+        balance: np.ndarray | None = None,
     ):
         self.indices = np.asarray(indices, dtype=np.int64)
+        self.balance = balance
         self.shuffle = shuffle
         self.seed = seed
         self.bounds = _batch_bounds(len(self.indices), batch_size, drop_last, shuffle)
@@ -54,7 +58,20 @@ class BatchOrder:
         """The rows of one epoch in order; batch i holds those from bounds[i][0] to bounds[i][1]."""
         if not self.shuffle:
             return self.indices
+        if self.balance is not None:
+            return self.indices[balanced_order(self.balance, self.seed, epoch)]
         return self.indices[order(len(self.indices), self.seed, epoch)]
+
+    def view_numbers(self, rows: np.ndarray) -> np.ndarray:
+        """What decides the view of each of an epoch's rows: the row, and where it comes again, for
+        another view, a number that no row has."""
+        if self.balance is None:
+            return rows
+        sorted_rows = np.argsort(rows, kind="stable")
+        first = np.searchsorted(rows, rows[sorted_rows], sorter=sorted_rows)
+        times = np.empty_like(rows)
+        times[sorted_rows] = np.arange(len(rows)) - first
+        return rows + times * (self.indices.max() + 1)
 
 
 class Loader(BatchOrder):
@@ -77,6 +94,7 @@ class Loader(BatchOrder):
         seed: int = 0,
         shuffle: bool = False,
         drop_last: bool = False,
+        balance: np.ndarray | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         workers: int = 2,
@@ -87,7 +105,12 @@ class Loader(BatchOrder):
         if images.shape[1] < image_size:
             raise ValueError(f"images of {images.shape[1]} px are smaller than {image_size} px")
         super().__init__(
-            indices, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
+            indices,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            balance=balance,
         )
         self.images = images
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
@@ -105,15 +128,16 @@ class Loader(BatchOrder):
         Closing the iterator stops the threads; what a thread raises is raised here.
         """
         rows = self.rows(epoch)
-        chunks = [rows[first:last] for first, last in self.bounds[start:]]
+        numbers = self.view_numbers(rows)
+        chunks = [(rows[a:b], numbers[a:b]) for a, b in self.bounds[start:]]
         if not self.workers:
-            yield from (self._to_device(self._prepare(chunk, epoch)) for chunk in chunks)
+            yield from (self.batch(*chunk, epoch) for chunk in chunks)
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lapis-loader")
         try:
             ahead: deque = deque()
             for chunk in chunks:
-                ahead.append(pool.submit(self._prepare, chunk, epoch))
+                ahead.append(pool.submit(self._prepare, *chunk, epoch))
                 if len(ahead) > self.workers + 1:
                     yield self._to_device(ahead.popleft().result())
             while ahead:
@@ -121,11 +145,15 @@ class Loader(BatchOrder):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, rows: np.ndarray, epoch: int) -> Batch:
-        # the photo's own row, not its place in the batch, decides its random numbers
+    def batch(self, rows: np.ndarray, numbers: np.ndarray, epoch: int) -> Batch:
+        """The batch of these rows, whose `numbers` decide their views."""
+        return self._to_device(self._prepare(rows, numbers, epoch))
+
+    def _prepare(self, rows: np.ndarray, numbers: np.ndarray, epoch: int) -> Batch:
+        # the photo's own number, not its place in the batch, decides its random numbers
         pixels = augment_batch(
             [self.images[row] for row in rows],
-            rows,
+            numbers,
             epoch,
             self.seed,
             self.augment,

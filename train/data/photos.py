@@ -70,6 +70,7 @@ class Photos:
     load      (file, shorter side wanted or None) -> upright RGB picture; raises UnreadablePhoto.
               The picture may be smaller than stored, but never under twice the side wanted
     bad_share share of the photos first listed that were bad, 0 to 1
+    sides     N times "train" or "val", where the source itself says so
     """
 
     name: str
@@ -80,6 +81,7 @@ class Photos:
     excluded: tuple[Excluded, ...]
     load: Callable[[str, int | None], Image.Image]
     bad_share: float = 0.0
+    sides: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,6 +102,7 @@ class Photos:
             files=tuple(self.files[i] for i in chosen),
             labels=self.labels[chosen],
             digests=tuple(self.digests[i] for i in chosen),
+            sides=self.sides and tuple(self.sides[i] for i in chosen),
         )
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import kernels
-from train.data.augment import MEAN, STD, STRENGTHS
+from train.data.augment import AUGMENTS, HEAVY, MEAN, STD, STRENGTHS
 from train.data.loader import Batch, BatchOrder
 
+KERNEL_AUGMENTS = tuple(kind for kind in AUGMENTS if kind != HEAVY)
 SLAB = 1024  # pictures uploaded at a time: a set on disk is never in memory as a whole
 
 
@@ -35,10 +36,15 @@ class ResidentLoader(BatchOrder):
         augment: str = "none",
         seed: int = 0,
         shuffle: bool = False,
+        balance: np.ndarray | None = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
     ):
-        super().__init__(indices, batch_size=batch_size, shuffle=shuffle, seed=seed)
+        if augment not in KERNEL_AUGMENTS:
+            raise ValueError(f"the kernel knows no augmentation {augment}")
+        super().__init__(
+            indices, batch_size=batch_size, shuffle=shuffle, seed=seed, balance=balance
+        )
         self.pixels = pixels
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(pixels.device)
         self.channels_last = channels_last
@@ -53,16 +59,30 @@ class ResidentLoader(BatchOrder):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from number `start` on."""
-        rows = torch.from_numpy(self.rows(epoch))
-        if self.pixels.is_cuda:  # from memory that is not pinned, a copy would wait
-            rows = rows.pin_memory().to(self.pixels.device, non_blocking=True)
+        rows = self.rows(epoch)
+        numbers = self._there(self.view_numbers(rows))
+        rows = numbers if self.balance is None else self._there(rows)
         number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
         for first, last in self.bounds[start:]:
-            chunk = rows[first:last]
-            images = kernels.image_prep(self.pixels, chunk, number, **self._view)
-            if not self.channels_last:
-                images = images.contiguous()
-            yield Batch(images, self.labels[chunk], chunk)
+            yield self._prepare(rows[first:last], numbers[first:last], number)
+
+    def batch(self, rows: np.ndarray, numbers: np.ndarray, epoch: int) -> Batch:
+        """The batch of these rows, whose `numbers` decide their views."""
+        number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
+        return self._prepare(self._there(rows), self._there(numbers), number)
+
+    def _prepare(self, rows: Tensor, numbers: Tensor, epoch: Tensor) -> Batch:
+        images = kernels.image_prep(self.pixels, numbers, epoch, rows=rows, **self._view)
+        if not self.channels_last:
+            images = images.contiguous()
+        return Batch(images, self.labels[rows], rows)
+
+    def _there(self, values: np.ndarray) -> Tensor:
+        """int64 [n] on the device; from memory that is not pinned, a copy would wait."""
+        tensor = torch.from_numpy(values)
+        if self.pixels.is_cuda:
+            tensor = tensor.pin_memory().to(self.pixels.device, non_blocking=True)
+        return tensor
 
 
 def upload(images: np.ndarray, device: torch.device) -> Tensor:

@@ -6,20 +6,23 @@ where `duplicates` has compared the pictures also crops, mirrored and re-encoded
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from train.data.photos import Photos
-from train.errors import UsageError
+from train.errors import DataError, UsageError
+
+Kind = Literal["grouped", "random"]
 
 
 @dataclass(frozen=True)
 class Split:
     """Indices into `photos` for training and validation (int64, sorted), and what they share.
 
+    kind              how it was made, in a few words
     groups            different pictures; duplicate_groups: those with more than one file
     leaked_share      share of validation photos whose picture is in train too, 0 to 1
     """
@@ -44,7 +47,7 @@ def split_photos(
     *,
     pictures: np.ndarray | None = None,
     val_fraction: float = 0.2,
-    kind: Literal["grouped", "random"] = "grouped",
+    kind: Kind = "grouped",
     seed: int = 0,
 ) -> Split:
     """A stratified split: each class gives about `val_fraction` of its photos to validation.
@@ -57,26 +60,88 @@ def split_photos(
     """
     if not 0 <= val_fraction < 1:
         raise UsageError(f"--val-fraction {val_fraction} is not in [0, 1): 0.2 is usual.")
-    shown = np.asarray(photos.digests) if pictures is None else pictures
-    contents = np.unique(shown, return_inverse=True)[1]
-    sizes = np.bincount(contents)
-    groups = contents if kind == "grouped" else np.arange(len(photos))
+    contents = _contents(photos, pictures)
     in_val = np.zeros(len(photos), dtype=bool)
     if val_fraction:
-        members = _members(groups)
-        owner = np.array([np.bincount(photos.labels[m]).argmax() for m in members])
-        for label in range(len(photos.classes)):
-            own = [members[g] for g in np.flatnonzero(owner == label)]
+        for label, own in enumerate(_groups_of_classes(photos, contents, kind)):
             for group in _choose(own, val_fraction, np.random.default_rng((seed, label))):
                 in_val[group] = True
-    leaked = np.isin(contents[in_val], contents[~in_val])
-    leaked_share = float(leaked.mean()) if leaked.size else 0.0
-    if leaked_share:
-        warnings.warn(
-            f"--split {kind}: {leaked_share:.0%} of the validation photos show a picture that is "
-            "in train too, so their accuracy is too high; --split grouped keeps twins together.",
-            stacklevel=2,
+    return _warned(_split(photos, in_val, contents, kind))
+
+
+def fold_photos(
+    photos: Photos,
+    *,
+    fold: int,
+    folds: int,
+    pictures: np.ndarray | None = None,
+    kind: Kind = "grouped",
+    seed: int = 0,
+) -> Split:
+    """Fold `fold` of 1 .. `folds` validates and the others train; each photo is in one fold.
+
+    Each class is dealt out evenly, its largest groups first, to the fold that has the fewest of it.
+    pictures, kind: as for `split_photos`. Raises UsageError where a class has too few different
+    pictures to stand in every fold.
+    """
+    contents = _contents(photos, pictures)
+    numbers = np.zeros(len(photos), dtype=np.int64)
+    sizes = [0] * folds
+    for label, own in enumerate(_groups_of_classes(photos, contents, kind)):
+        if len(own) < folds:
+            raise UsageError(
+                f"--folds {folds}: class {photos.classes[label]} has {len(own)} different "
+                "pictures and cannot stand in every fold: "
+                + (f"--folds {len(own)} can" if len(own) > 1 else "add photos, or leave it out")
+                + "."
+            )
+        held = [0] * folds
+        shuffled = np.random.default_rng((seed, label)).permutation(len(own))
+        for i in sorted(shuffled, key=lambda i: -len(own[i])):
+            number = min(range(folds), key=lambda n: (held[n], sizes[n]))
+            numbers[own[i]] = number + 1
+            held[number] += len(own[i])
+            sizes[number] += len(own[i])
+    how = f"{kind}, fold {fold} of {folds}"
+    return _warned(_split(photos, numbers == fold, contents, how))
+
+
+def given_split(
+    photos: Photos, sides: Sequence[str], *, pictures: np.ndarray | None = None, origin: str
+) -> Split:
+    """The split of N `sides`, "train" or "val"; origin: where they come from, for people.
+
+    Raises DataError for a class without training photos; what leaks is the caller's to judge.
+    """
+    in_val = np.array([side == "val" for side in sides], dtype=bool)
+    trained = np.bincount(photos.labels[~in_val], minlength=len(photos.classes))
+    if not trained.all():
+        raise DataError(
+            f"{origin} leaves class {photos.classes[int(trained.argmin())]} without photos in "
+            "train: move some of them there."
         )
+    return _split(photos, in_val, _contents(photos, pictures), f"given by {origin}")
+
+
+def _contents(photos: Photos, pictures: np.ndarray | None) -> np.ndarray:
+    """int64 [N], from 0: equal where the same picture is shown."""
+    shown = np.asarray(photos.digests) if pictures is None else pictures
+    return np.unique(shown, return_inverse=True)[1]
+
+
+def _groups_of_classes(photos: Photos, contents: np.ndarray, kind: Kind) -> list[list[np.ndarray]]:
+    """For each class the groups, as positions, that must not be parted; a group of several labels
+    belongs to the most frequent."""
+    members = _members(contents if kind == "grouped" else np.arange(len(photos)))
+    owner = np.array([np.bincount(photos.labels[m]).argmax() for m in members])
+    return [
+        [members[g] for g in np.flatnonzero(owner == label)] for label in range(len(photos.classes))
+    ]
+
+
+def _split(photos: Photos, in_val: np.ndarray, contents: np.ndarray, kind: str) -> Split:
+    leaked = np.isin(contents[in_val], contents[~in_val])
+    sizes = np.bincount(contents)
     return Split(
         photos=photos,
         train=np.flatnonzero(~in_val),
@@ -84,8 +149,20 @@ def split_photos(
         kind=kind,
         groups=len(sizes),
         duplicate_groups=int((sizes > 1).sum()),
-        leaked_share=leaked_share,
+        leaked_share=float(leaked.mean()) if leaked.size else 0.0,
     )
+
+
+def _warned(split: Split) -> Split:
+    """`split`, once the user has been told what leaks."""
+    if split.leaked_share:
+        warnings.warn(
+            f"--split {split.kind}: {split.leaked_share:.0%} of the validation photos show a "
+            "picture that is in train too, so their accuracy is too high; --split grouped keeps "
+            "twins together.",
+            stacklevel=3,
+        )
+    return split
 
 
 def _members(groups: np.ndarray) -> list[np.ndarray]:
