@@ -36,6 +36,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",
+        "threadpoolctl>=3.1",
         "tqdm>=4.66",
         "tyro>=0.9",
     ],

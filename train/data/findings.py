@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from train.data.cache import MAX_BAD
@@ -32,7 +33,13 @@ class Finding:
 def findings(examined: Examined) -> list[Finding]:
     """All findings, the worst first."""
     order = {"bad": 0, "warn": 1, "info": 2}
-    every = [*_classes(examined), *_twins(examined), *_left_out(examined), *_looks(examined)]
+    every = [
+        *_classes(examined),
+        *_twins(examined),
+        *_labels(examined),
+        *_left_out(examined),
+        *_looks(examined),
+    ]
     return sorted(every, key=lambda finding: order[finding.kind])
 
 
@@ -45,6 +52,14 @@ def unusable(examined: Examined) -> str | None:
             return (
                 f"class {label} of {name} has too few readable photos, {count} instead of at least "
                 "two: add some or leave the class out with --classes."
+            )
+    sides = np.array(examined.photos.sides or ())
+    trained = set(examined.photos.labels[np.flatnonzero(sides == "train")].tolist())
+    for number, label in enumerate(examined.photos.classes if len(sides) else ()):
+        if number not in trained:
+            return (
+                f"the column split leaves class {label} of {name} without photos in train: move "
+                "some of them there."
             )
     if bad > MAX_BAD * listed:
         file, reason = examined.unreadable[0]
@@ -118,6 +133,16 @@ def _twins(examined: Examined) -> Iterator[Finding]:
             f"{counted(len(examined.near), 'group')} of near duplicates, {files:,} photos: "
             "re-encoded, resized, cropped or mirrored",
             "keep the best of each group; until then keep them on one side of the split",
+        )
+
+
+def _labels(examined: Examined) -> Iterator[Finding]:
+    if examined.suspects:
+        yield Finding(
+            "warn",
+            "labels that look wrong, or photos of none of the classes",
+            "review them in suspects.csv, then train with --relabel suspects.csv",
+            tuple(examined.photos.files[suspect.photo] for suspect in examined.suspects),
         )
 
 
