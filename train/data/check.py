@@ -136,9 +136,11 @@ def as_json(examined: Examined) -> dict[str, Any]:
 
 def suspects_csv(examined: Examined) -> bytes:
     """The suspects as --relabel reads them: filename, and the suggested label, empty to drop it."""
-    text = io.StringIO(newline="")
     rows = [(examined.photos.files[s.photo], s.suggested) for s in examined.suspects]
-    csv.writer(text).writerows([COLUMNS, *rows])
+    spaced = any(cell != cell.strip() for row in rows for cell in row)  # kept only within quotes
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
+    writer.writerows([COLUMNS, *rows])
     return text.getvalue().encode()
 
 

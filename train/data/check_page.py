@@ -170,10 +170,13 @@ def _suspects(page: Page, examined: Examined) -> None:
         page.note("info", f"The first {MOST_GROUPS} of {len(ranked):,}; `check.json` has them all.")
     for start in range(0, min(len(ranked), MOST_GROUPS), SHEET):
         part = ranked[start : min(start + SHEET, MOST_GROUPS)]
-        cells = [(copies[0].photo, f"{rank}") for rank, copies in part]
+        cells = [
+            (copies[0].photo, f"{rank} {examined.label(copies[0].photo)}"[:16])
+            for rank, copies in part
+        ]
         page.figure(
             _sheet(examined, cells, SMALL_CELL, SMALL_COLUMNS),
-            "Ranks, as in the table below.",
+            "Rank, as in the table below, and label.",
             f"Thumbnails of the suspects {start + 1} to {start + len(part)}.",
         )
         page.table(
