@@ -157,6 +157,17 @@ def test_the_command_names_them_in_every_report(folder, tmp_path, capsys):
     assert "red/ it, &quot;really&quot;.png, red/twin.png" in page
 
 
+def test_a_reviewed_list_is_never_written_over(folder, tmp_path, capsys):
+    flags = [str(folder), "--labels", "--out", str(tmp_path / "out")]
+    assert main(flags) == main(flags) == 0
+    assert "is kept" not in capsys.readouterr().out
+    reviewed = tmp_path / "out" / "suspects.csv"
+    reviewed.write_text("filename,label\nred/twin.png,\n")
+    assert main(flags) == 0
+    assert reviewed.read_text() == "filename,label\nred/twin.png,\n"
+    assert "is kept" in capsys.readouterr().out
+
+
 def test_without_the_flag_nothing_is_judged(folder, tmp_path, capsys):
     examined = examine(open_photos(str(folder)), progress=False)
     assert as_json(examined)["suspect_labels"] == []

@@ -81,11 +81,19 @@ def check(data: str, out: Path | None = None, *, labels: bool = False) -> Examin
     write_page(examined, found, out / "check.html")
     print(f"thumbnails: {out / 'check.html'}, all names: {out / 'check.json'}")
     if labels:
-        write_atomically(out / "suspects.csv", suspects_csv(examined))
-        print(f"to review, then --relabel: {out / 'suspects.csv'} (--help says how)")
+        _write_suspects(out / "suspects.csv", suspects_csv(examined))
     if reason := unusable(examined):
         raise DataError(reason)
     return examined
+
+
+def _write_suspects(path: Path, content: bytes) -> None:
+    """Write the list, unless it would take the place of one that somebody has reviewed."""
+    if path.exists() and path.read_bytes() != content:
+        print(f"{path} is kept: it may be reviewed; delete it to have the new list")
+        return
+    write_atomically(path, content)
+    print(f"to review, then --relabel: {path} (--help says how)")
 
 
 def table(examined: Examined, found: Sequence[Finding]) -> str:

@@ -150,7 +150,14 @@ def _header(path: Path) -> tuple[tuple[int, int], tuple[str, str, int, int]]:
         size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
         if image.format == "MPO":  # a phone's JPEG with a second picture beside it; no animation
             return size, ("JPEG", image.mode, 1, orientation)
-        return size, (image.format, image.mode, getattr(image, "n_frames", 1), orientation)
+        return size, (image.format, image.mode, _frames(image), orientation)
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's plug-ins raise many kinds for a damaged frame after the first
+        return 1
 
 
 def _pixels(picture: Image.Image) -> bytes:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from train.data.cache import MAX_BAD
 from train.data.examine import Examined, Look
+from train.data.photos import EXTENSIONS, Excluded
 from train.page import NoteKind
 from train.run_report import percent
 
@@ -17,6 +18,24 @@ HUGE = 20e6  # pixels
 LONG = 3.0  # longer side / shorter side
 BLANK = 4.0  # grey levels of 255
 FEW = 10  # photos of a class
+# photos to a camera or an editor, but not to us
+FOREIGN = frozenset(
+    [
+        ".heic",
+        ".heif",
+        ".hif",
+        ".jxl",
+        ".jp2",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".psd",
+    ]
+)
 IMBALANCE = 5.0  # largest class / smallest class
 
 
@@ -154,18 +173,33 @@ def _left_out(examined: Examined) -> Iterator[Finding]:
     failed = tuple(file for file, _ in examined.unreadable if file not in set(missing))
     if failed:
         yield Finding("warn", "unreadable", "repair or delete them: they are left out", failed)
-    kinds: dict[str, list[str]] = {"unlabelled": [], "again": [], "junk": []}
+    kinds: dict[str, list[str]] = {}
     for item in excluded:
         if not item.bad:
-            again, unlabelled = item.reason.startswith("listed again"), item.reason[:6] == "no row"
-            kinds["again" if again else "unlabelled" if unlabelled else "junk"].append(item.file)
+            kinds.setdefault(_left_out_as(item), []).append(item.file)
     for kind, what, cure in (
-        ("unlabelled", "photos without label", "give them a row in train.csv, or delete them"),
+        (
+            "unlabelled",
+            "photos without label",
+            "give them a row in train.csv, or a class folder where those are the labels",
+        ),
         ("again", "listed twice under one label", "delete the second row"),
+        ("foreign", "photos in a format that is not read", "convert them to JPEG"),
         ("junk", "files that are no photos", "delete them: they are ignored"),
     ):
-        if kinds[kind]:
+        if kind in kinds:
             yield Finding("info", what, cure, tuple(kinds[kind]))
+
+
+def _left_out_as(item: Excluded) -> str:
+    if item.reason.startswith("listed again"):
+        return "again"
+    ending = "." + item.file.lower().rpartition(".")[2]
+    hidden = item.file.rpartition("/")[2].startswith(".")
+    beside = item.reason == "not in a class folder" and ending in EXTENSIONS and not hidden
+    if beside or item.reason.startswith("no row"):
+        return "unlabelled"
+    return "foreign" if ending in FOREIGN and not hidden else "junk"
 
 
 def _looks(examined: Examined) -> Iterator[Finding]:

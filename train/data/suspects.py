@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -109,6 +106,10 @@ def out_of_fold(
 
     features: [N, D]. labels, groups: int [N]. Every class is dealt out evenly over the folds.
     """
+    # imported late: scikit-learn takes a second to load, and most checks judge no labels
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     classes = int(labels.max()) + 1
     heads, of_group = by_appearance(groups)
     folds = np.zeros(len(heads), np.int64)
@@ -137,6 +138,8 @@ def out_of_fold(
 def strangeness(features: np.ndarray) -> np.ndarray:
     """How far each sample is from its tenth neighbour: the logarithm of the distance, in quartile
     distances above the median of all; float64 [N]."""
+    from sklearn.neighbors import NearestNeighbors
+
     nearest = min(_NEIGHBOURS, len(features) - 1)
     with threadpool_limits(1):
         distances = NearestNeighbors(n_neighbors=nearest + 1).fit(features).kneighbors(features)[0]
