@@ -19,23 +19,7 @@ LONG = 3.0  # longer side / shorter side
 BLANK = 4.0  # grey levels of 255
 FEW = 10  # photos of a class
 # photos to a camera or an editor, but not to us
-FOREIGN = frozenset(
-    [
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jxl",
-        ".jp2",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".psd",
-    ]
-)
+FOREIGN = frozenset((".heic", ".heif", ".hif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw"))
 IMBALANCE = 5.0  # largest class / smallest class
 
 

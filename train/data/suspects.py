@@ -29,6 +29,7 @@ _OCTAVES = 4
 _WEIGHTS = (1.0, 0.5, 0.25)  # of colour, texture and flatness
 _STRENGTH = 2.0  # of the classifier: the inverse of its penalty
 _NEIGHBOURS = 10
+_PART = 1024  # samples whose neighbours are looked up at once
 _JUNK = 2.0  # quartile distances above the median: Tukey's bound of what is still usual
 
 
@@ -65,7 +66,7 @@ def find_suspects(
     labels = photos.labels[chosen]
     features = _all_features(photos, [photos.files[i] for i in chosen], progress)
     chances = out_of_fold(features, labels, pictures[chosen], progress=progress)
-    strange = strangeness(features)
+    strange = strangeness(features, progress=progress)
     scores, likeliest = score(chances, labels, strange)
     found = []
     for k in np.argsort(-scores, kind="stable"):
@@ -135,21 +136,24 @@ def out_of_fold(
     return chances
 
 
-def strangeness(features: np.ndarray) -> np.ndarray:
+def strangeness(features: np.ndarray, *, progress: bool = True) -> np.ndarray:
     """How far each sample is from its tenth neighbour: the logarithm of the distance, in quartile
     distances above the median of all; float64 [N]."""
     from sklearn.neighbors import NearestNeighbors
 
-    nearest = min(_NEIGHBOURS, len(features) - 1)
-    with threadpool_limits(1):
-        distances = NearestNeighbors(n_neighbors=nearest + 1).fit(features).kneighbors(features)[0]
-    far = np.log(distances[:, -1] + 1e-6)
+    neighbours = NearestNeighbors(n_neighbors=min(_NEIGHBOURS + 1, len(features))).fit(features)
+    parts = range(0, len(features), _PART)
+    far = [
+        neighbours.kneighbors(features[start : start + _PART])[0][:, -1]
+        for start in tqdm(parts, "measuring", unit=" parts", delay=1, disable=not progress)
+    ]
+    far = np.log(np.concatenate(far) + 1e-6)
     low, middle, high = np.quantile(far, (0.25, 0.5, 0.75))
     return (far - middle) / max(high - low, 1e-6)
 
 
 def _all_features(photos: Photos, files: list[str], progress: bool) -> np.ndarray:
-    """float64 [N, D]: colour, texture and flatness of each file, every block weighted as one."""
+    """float32 [N, D]: colour, texture and flatness of each file, every block weighted as one."""
 
     def described(file: str) -> list[np.ndarray]:
         try:
@@ -171,7 +175,7 @@ def _all_features(photos: Photos, files: list[str], progress: bool) -> np.ndarra
 
 
 def describe(picture: np.ndarray) -> list[np.ndarray]:
-    """The colours, the texture and the flatness of a square picture uint8 [S, S, 3], as vectors.
+    """The colours, the texture and the flatness of a square uint8 [S, S, 3], as float32 vectors.
 
     Flatness: how many neighbouring pixels are (nearly) equal. Drawings and text are flat.
     """
@@ -179,9 +183,10 @@ def describe(picture: np.ndarray) -> list[np.ndarray]:
     quarter = len(picture) // 4
     middle = np.ascontiguousarray(lab[quarter:-quarter, quarter:-quarter])
     steps = [np.abs(np.diff(picture.astype(np.int16), axis=axis)).sum(2) for axis in (0, 1)]
-    flatness = np.array([(step <= most).mean() for step in steps for most in (0, 3, 8)])
+    flat = [(step <= most).mean() for step in steps for most in (0, 3, 8)]
     colours = np.concatenate([_colours(lab), _colours(middle)])
-    return [colours, np.concatenate(list(_texture(lab.astype(np.float32)))), flatness]
+    texture = np.concatenate(list(_texture(lab.astype(np.float32))))
+    return [colours, texture, np.array(flat, np.float32)]
 
 
 def _colours(lab: np.ndarray) -> np.ndarray:
