@@ -39,6 +39,7 @@ setup(
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",
         "scipy>=1.13",
+        "threadpoolctl>=3.1",
         "tqdm>=4.66",
         "tyro>=0.9",
     ],

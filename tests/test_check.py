@@ -281,6 +281,40 @@ def test_unreadable_files_and_rows_and_junk(tmp_path):
     assert unusable(examined) is None
 
 
+def test_photos_nobody_labelled_or_reads_are_not_called_junk(tmp_path):
+    files = healthy() | {"stray.jpg": jpeg(picture(50)), "b/IMG_1.HEIC": b"x", "a/notes.txt": b"x"}
+    files |= {"._stray.jpg": b"x", "a/._IMG_1.HEIC": b"x"}
+    says = found(write(tmp_path, files))
+    assert says["photos without label"] == ("stray.jpg",)
+    assert says["photos in a format that is not read"] == ("b/IMG_1.HEIC",)
+    assert set(says["files that are no photos"]) == {"._stray.jpg", "a/notes.txt", "a/._IMG_1.HEIC"}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_an_animation_cut_anywhere_ends_in_a_report(tmp_path, kind):
+    """Where the first picture can be read it is used, though the next one is damaged."""
+    frames = [picture(40 + i, 64) for i in range(3)]
+    whole = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+    cuts = {f"a/cut{k}.{kind.lower()}": whole[: len(whole) * k // 10] for k in range(1, 10)}
+    files = healthy(each=3) | cuts | {f"a/whole.{kind.lower()}": whole}
+    examined = examine(open_photos(str(write(tmp_path, files))), progress=False)
+    bad = {file for file, _ in examined.unreadable}
+    assert bad <= set(cuts)
+    (animated,) = [f for f in findings(examined) if f.what.startswith("animated")]
+    assert f"a/whole.{kind.lower()}" in animated.files
+
+
+def test_a_split_column_that_leaves_a_class_untrained_ends_in_3(tmp_path, capsys):
+    files = {f"train/{i:02}.jpg": jpeg(picture(i)) for i in range(24)}
+    root = write(tmp_path / "data", files)
+    rows = [f"{i:02}.jpg,{'ab'[i % 2]},{'val' if i % 2 or i < 4 else 'train'}" for i in range(24)]
+    (root / "train.csv").write_text("\n".join(["filename,label,split", *rows]))
+    code, _, errors = run(root, tmp_path / "out", capsys)
+    assert code == 3
+    assert "the column split leaves class b of data without photos in train" in errors
+
+
 def test_classes_that_are_small_or_unequal(tmp_path):
     files = {f"big/{i}.jpg": jpeg(picture(i)) for i in range(40)}
     files |= {f"rare/{i}.jpg": jpeg(picture(50 + i)) for i in range(4)}

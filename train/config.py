@@ -43,6 +43,9 @@ class DataConfig:
     """A folder with train.csv + train/, a folder per class, food101:PATH, or synthetic."""
     classes: tuple[str, ...] = ()
     """Use only these classes, in this order (default: all, sorted)."""
+    relabel: Path | None = None
+    """A reviewed CSV of filename,label, such as the suspects.csv of train.data.check --labels: its
+    labels count instead of the data's, an empty one drops the photo."""
     limit: int | None = None
     """Use only this many images, stratified by class, for a quick trial."""
     split: str = "grouped"
@@ -182,7 +185,7 @@ def from_dict(values: dict[str, Any]) -> Config:
         cls = group.default_factory
         known = {f.name: f for f in dataclasses.fields(cls)}
         given = dict(values[group.name])
-        for name in ("out", "resume"):
+        for name in ("out", "resume", "relabel"):
             if name in known and given.get(name) is not None:
                 given[name] = Path(given[name])
         if "classes" in given:

@@ -18,6 +18,7 @@ from train.data import Photos, Split, limit_photos, load_images, open_photos, sp
 from train.data.cache import default_cache_dir
 from train.data.duplicates import picture_groups, thumbnail
 from train.data.loader import Loader
+from train.data.relabel import Relabelled, only_classes, relabel
 from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
 from train.data.split import fold_photos, given_split
 from train.data.split_file import read_split, split_csv
@@ -28,11 +29,15 @@ from train.files import write_atomically
 
 @dataclass(frozen=True)
 class Inputs:
-    """images: uint8 [N, S, S, 3], in the order of `photos`; `split` holds rows of both."""
+    """images: uint8 [N, S, S, 3], in the order of `photos`; `split` holds rows of both.
+
+    relabelled: what --relabel changed in the labels, None without it.
+    """
 
     images: np.ndarray
     photos: Photos
     split: Split
+    relabelled: Relabelled | None = None
 
     def split_csv(self) -> bytes:
         """split.csv: filename, label and side of every photo."""
@@ -53,18 +58,26 @@ class Inputs:
             "duplicate_groups": self.split.duplicate_groups,
             "leaked_share": self.split.leaked_share,
             "excluded": len(self.photos.excluded),
+            "relabelled": self.relabelled.changed if self.relabelled else 0,
+            "dropped": self.relabelled.dropped if self.relabelled else 0,
         }
 
 
 def load_inputs(config: Config) -> Inputs:
     """Open, decode and split the photos of `config`. Raises DataError, DiskError or UsageError."""
     data, seed = config.data, config.run.seed
-    listed = photos = open_photos(data.data, classes=data.classes, seed=seed)
+    classes = data.classes if data.relabel is None else ()  # a row may move a photo between any
+    photos, relabelled = open_photos(data.data, classes=classes, seed=seed), None
+    if data.relabel is not None:
+        photos, relabelled = relabel(photos, data.relabel)
+        photos = only_classes(photos, data.classes)
+    listed = photos
     if data.limit is not None:
         photos = limit_photos(photos, data.limit, seed)
     images, photos = load_images(photos, stored_size(data))
     pictures = pictures_of(images, photos) if data.val_fraction else None
-    return Inputs(images, photos, make_split(config, photos, pictures, listed.files))
+    split = make_split(config, photos, pictures, listed.files)
+    return Inputs(images, photos, split, relabelled)
 
 
 def make_split(

@@ -241,6 +241,8 @@ class Recorder(Listener):
 
 def _announce(inputs: Inputs, sampler: str) -> None:
     photos, split = inputs.photos, inputs.split
+    if done := inputs.relabelled:
+        print(f"{done.table}: {done.changed} labels changed, {done.dropped} photos dropped")
     for excluded in photos.excluded[:10]:
         print(f"left out {excluded.file}: {excluded.reason}")
     if len(photos.excluded) > 10:

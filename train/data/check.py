@@ -1,9 +1,11 @@
-"""What is wrong with a folder of photos: `python -m train.data.check PATH [--out DIR]`.
+"""What is wrong with a folder of photos: `python -m train.data.check PATH [--labels] [--out DIR]`.
 
 The findings go to the terminal, a line each with its cure; to `check.json`, which names all files;
 and to `check.html`, with thumbnails. The photos themselves are never changed.
 """
 
+import csv
+import io
 import json
 import sys
 import warnings
@@ -18,6 +20,7 @@ from train.data import open_photos
 from train.data.check_page import LEVELS, write_page
 from train.data.examine import Examined, examine
 from train.data.findings import Finding, counted, findings, unusable
+from train.data.relabel import COLUMNS
 from train.errors import DataError, LapisError
 from train.files import unwritable, write_atomically
 
@@ -28,8 +31,14 @@ class Options:
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PATH")]
     """A folder with train.csv + train/, a folder per class, or food101:PATH."""
+    labels: bool = False
+    """Also look for wrong labels and photos of none of the classes, by what all other pictures of
+    the folder look like: seconds for a thousand photos. They go to suspects.csv with the label that
+    fits better, an empty one for none. Review it beside check.html before it is used: delete the
+    rows whose photo is labelled right, correct those that suggest a wrong class, leave the label
+    empty to drop the photo; then train with --relabel suspects.csv."""
     out: Path | None = None
-    """Folder for check.json and check.html (default: runs/check-NAME)."""
+    """Folder for the reports (default: runs/check-NAME)."""
     debug: bool = False
     """Show a traceback with errors."""
 
@@ -40,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal
     try:
-        check(options.data, options.out)
+        check(options.data, options.out, labels=options.labels)
     except LapisError as error:
         if options.debug:
             raise
@@ -52,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check(data: str, out: Path | None = None) -> Examined:
+def check(data: str, out: Path | None = None, *, labels: bool = False) -> Examined:
     """Examine the photos `data` names, print the findings and write the reports to `out`.
 
     Raises DataError for photos nothing can be trained on (after the reports are written) and
@@ -64,16 +73,27 @@ def check(data: str, out: Path | None = None) -> Examined:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(out, error) from error
-    examined = examine(photos)
+    examined = examine(photos, labels=labels)
     found = findings(examined)
     print(table(examined, found))
     document = json.dumps(as_json(examined), indent=1, ensure_ascii=False) + "\n"
     write_atomically(out / "check.json", document.encode())
     write_page(examined, found, out / "check.html")
     print(f"thumbnails: {out / 'check.html'}, all names: {out / 'check.json'}")
+    if labels:
+        _write_suspects(out / "suspects.csv", suspects_csv(examined))
     if reason := unusable(examined):
         raise DataError(reason)
     return examined
+
+
+def _write_suspects(path: Path, content: bytes) -> None:
+    """Write the list, unless it would take the place of one that somebody has reviewed."""
+    if path.exists() and path.read_bytes() != content:
+        print(f"{path} is kept: it may be reviewed; delete it to have the new list")
+        return
+    write_atomically(path, content)
+    print(f"to review, then --relabel: {path} (--help says how)")
 
 
 def table(examined: Examined, found: Sequence[Finding]) -> str:
@@ -110,8 +130,26 @@ def as_json(examined: Examined) -> dict[str, Any]:
             for group in examined.conflicts
         ],
         "unreadable": [{"file": file, "reason": reason} for file, reason in examined.unreadable],
-        "suspect_labels": [],
+        "suspect_labels": [
+            {
+                "file": names[suspect.photo],
+                "label": examined.label(suspect.photo),
+                "suggested": suspect.suggested,
+                "score": suspect.score,
+            }
+            for suspect in examined.suspects
+        ],
     }
+
+
+def suspects_csv(examined: Examined) -> bytes:
+    """The suspects as --relabel reads them: filename, and the suggested label, empty to drop it."""
+    rows = [(examined.photos.files[s.photo], s.suggested) for s in examined.suspects]
+    spaced = any(cell != cell.strip() for row in rows for cell in row)  # kept only within quotes
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL if spaced else csv.QUOTE_MINIMAL)
+    writer.writerows([COLUMNS, *rows])
+    return text.getvalue().encode()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from train.data.duplicates import in_order
 from train.data.examine import Examined
 from train.data.findings import Finding, counted
 from train.data.photos import UnreadablePhoto
+from train.data.suspects import Suspect
 from train.page import Page
 from train.run_report import percent
 
@@ -39,6 +40,8 @@ def write_page(examined: Examined, found: Sequence[Finding], path: Path) -> None
     else:
         page.note("good", "Nothing is wrong with these photos.")
     _overview(page, examined, found)
+    if examined.suspects:
+        _suspects(page, examined)
     sections = (
         ("Under more than one label", examined.conflicts),
         ("Near duplicates", examined.near),
@@ -150,9 +153,55 @@ def _identical(page: Page, examined: Examined) -> None:
         )
 
 
+def _suspects(page: Page, examined: Examined) -> None:
+    """A thumbnail of each suspicious picture, with its rank; its copies are in the table."""
+    page.section("Labels that look wrong")
+    page.text(
+        "The most suspicious first. No label is changed: delete the rows of `suspects.csv` whose"
+        " photo is labelled right, correct the others, leave the label empty to drop the photo;"
+        " then train with `--relabel suspects.csv`."
+    )
+    shown: dict[tuple[int, int], list[Suspect]] = {}
+    for suspect in examined.suspects:
+        key = int(examined.pictures[suspect.photo]), int(examined.photos.labels[suspect.photo])
+        shown.setdefault(key, []).append(suspect)
+    ranked = list(enumerate(shown.values(), 1))
+    if len(ranked) > MOST_GROUPS:
+        page.note("info", f"The first {MOST_GROUPS} of {len(ranked):,}; `check.json` has them all.")
+    for start in range(0, min(len(ranked), MOST_GROUPS), SHEET):
+        part = ranked[start : min(start + SHEET, MOST_GROUPS)]
+        cells = [
+            (copies[0].photo, f"{rank} {examined.label(copies[0].photo)}"[:16])
+            for rank, copies in part
+        ]
+        page.figure(
+            _sheet(examined, cells, SMALL_CELL, SMALL_COLUMNS),
+            "Rank, as in the table below, and label.",
+            f"Thumbnails of the suspects {start + 1} to {start + len(part)}.",
+        )
+        page.table(
+            ("rank", "score", "label", "suggested", "files"),
+            [
+                (
+                    rank,
+                    f"{copies[0].score:.2f}",
+                    examined.label(copies[0].photo),
+                    copies[0].suggested or "none of them",
+                    _first_names([examined.photos.files[s.photo] for s in copies]),
+                )
+                for rank, copies in part
+            ],
+        )
+
+
 def _single_photos(page: Page, examined: Examined, found: Iterable[Finding]) -> None:
     position = {examined.photos.files[i]: i for i in examined.readable()}
-    singles = [f for f in found if f.files and f.kind != "bad" and f.files[0] in position]
+    grouped = {examined.photos.files[suspect.photo] for suspect in examined.suspects}
+    singles = [
+        f
+        for f in found
+        if f.files and f.kind != "bad" and f.files[0] in position and set(f.files) != grouped
+    ]
     if singles:
         page.section("Single photos")
         for finding in singles:

@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from train.data.duplicates import by_appearance, in_order, picture_groups, thumb
 from train.data.perceptual import SIDE
 from train.data.photos import FORMATS, PhotoFolder, Photos, UnreadablePhoto
 from train.data.split import split_photos
+from train.data.suspects import Suspect, find_suspects
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Examined:
     exact       groups of identical content: of the file, or of the pixels it holds
     near        groups that show the same picture in several contents, identical copies included
     conflicts   groups of either kind under more than one label
-    leaks       what the project's own split, and a random one, leave on both sides
+    leaks       what the project's own split, a random and a given one leave on both sides
+    suspects    labels that look wrong, the most suspicious first; none unless they were looked for
     """
 
     photos: Photos
@@ -65,6 +67,7 @@ class Examined:
     near: list[list[int]]
     conflicts: list[list[int]]
     leaks: list[Leak]
+    suspects: list[Suspect] = field(default_factory=list)
 
     def readable(self) -> np.ndarray:
         """int64: positions of the photos that can be shown."""
@@ -80,8 +83,9 @@ class Examined:
         return self.photos.classes[self.photos.labels[i]]
 
 
-def examine(photos: Photos, *, progress: bool = True) -> Examined:
-    """Decode each content once, in parallel, and find out which photos are the same."""
+def examine(photos: Photos, *, labels: bool = False, progress: bool = True) -> Examined:
+    """Decode each content once, in parallel, and find out which photos are the same; with `labels`
+    also which labels look wrong."""
     first, content = by_appearance(photos.digests)
     names = [photos.files[i] for i in first]
     looks: list[Look] = []
@@ -95,7 +99,11 @@ def examine(photos: Photos, *, progress: bool = True) -> Examined:
     same = _equal([look.pixels for look in looks])
     alike = picture_groups(thumbnails, same, progress=progress)
     same = _with_reduced(photos, names, looks, same, alike)
-    return _summary(photos, [looks[c] for c in content], same[content], alike[content])
+    examined = _summary(photos, [looks[c] for c in content], same[content], alike[content])
+    if not labels:
+        return examined
+    found = find_suspects(photos, examined.pictures, examined.readable(), progress=progress)
+    return replace(examined, suspects=found)
 
 
 def _summary(photos: Photos, looks: list[Look], same: np.ndarray, alike: np.ndarray) -> Examined:
@@ -142,7 +150,14 @@ def _header(path: Path) -> tuple[tuple[int, int], tuple[str, str, int, int]]:
         size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
         if image.format == "MPO":  # a phone's JPEG with a second picture beside it; no animation
             return size, ("JPEG", image.mode, 1, orientation)
-        return size, (image.format, image.mode, getattr(image, "n_frames", 1), orientation)
+        return size, (image.format, image.mode, _frames(image), orientation)
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's plug-ins raise many kinds for a damaged frame after the first
+        return 1
 
 
 def _pixels(picture: Image.Image) -> bytes:

@@ -4,10 +4,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from train.data.cache import MAX_BAD
 from train.data.examine import Examined, Look
+from train.data.photos import EXTENSIONS, Excluded
 from train.page import NoteKind
 from train.run_report import percent
 
@@ -16,6 +18,8 @@ HUGE = 20e6  # pixels
 LONG = 3.0  # longer side / shorter side
 BLANK = 4.0  # grey levels of 255
 FEW = 10  # photos of a class
+# photos to a camera or an editor, but not to us
+FOREIGN = frozenset((".heic", ".heif", ".hif", ".jxl", ".jp2", ".dng", ".cr2", ".nef", ".arw"))
 IMBALANCE = 5.0  # largest class / smallest class
 
 
@@ -32,7 +36,13 @@ class Finding:
 def findings(examined: Examined) -> list[Finding]:
     """All findings, the worst first."""
     order = {"bad": 0, "warn": 1, "info": 2}
-    every = [*_classes(examined), *_twins(examined), *_left_out(examined), *_looks(examined)]
+    every = [
+        *_classes(examined),
+        *_twins(examined),
+        *_labels(examined),
+        *_left_out(examined),
+        *_looks(examined),
+    ]
     return sorted(every, key=lambda finding: order[finding.kind])
 
 
@@ -45,6 +55,14 @@ def unusable(examined: Examined) -> str | None:
             return (
                 f"class {label} of {name} has too few readable photos, {count} instead of at least "
                 "two: add some or leave the class out with --classes."
+            )
+    sides = np.array(examined.photos.sides or ())
+    trained = set(examined.photos.labels[np.flatnonzero(sides == "train")].tolist())
+    for number, label in enumerate(examined.photos.classes if len(sides) else ()):
+        if number not in trained:
+            return (
+                f"the column split leaves class {label} of {name} without photos in train: move "
+                "some of them there."
             )
     if bad > MAX_BAD * listed:
         file, reason = examined.unreadable[0]
@@ -121,6 +139,16 @@ def _twins(examined: Examined) -> Iterator[Finding]:
         )
 
 
+def _labels(examined: Examined) -> Iterator[Finding]:
+    if examined.suspects:
+        yield Finding(
+            "warn",
+            "labels that look wrong, or photos of none of the classes",
+            "review them in suspects.csv, then train with --relabel suspects.csv",
+            tuple(examined.photos.files[suspect.photo] for suspect in examined.suspects),
+        )
+
+
 def _left_out(examined: Examined) -> Iterator[Finding]:
     excluded = examined.photos.excluded
     missing = tuple(e.file for e in excluded if e.reason == "listed, but not there")
@@ -129,18 +157,33 @@ def _left_out(examined: Examined) -> Iterator[Finding]:
     failed = tuple(file for file, _ in examined.unreadable if file not in set(missing))
     if failed:
         yield Finding("warn", "unreadable", "repair or delete them: they are left out", failed)
-    kinds: dict[str, list[str]] = {"unlabelled": [], "again": [], "junk": []}
+    kinds: dict[str, list[str]] = {}
     for item in excluded:
         if not item.bad:
-            again, unlabelled = item.reason.startswith("listed again"), item.reason[:6] == "no row"
-            kinds["again" if again else "unlabelled" if unlabelled else "junk"].append(item.file)
+            kinds.setdefault(_left_out_as(item), []).append(item.file)
     for kind, what, cure in (
-        ("unlabelled", "photos without label", "give them a row in train.csv, or delete them"),
+        (
+            "unlabelled",
+            "photos without label",
+            "give them a row in train.csv, or a class folder where those are the labels",
+        ),
         ("again", "listed twice under one label", "delete the second row"),
+        ("foreign", "photos in a format that is not read", "convert them to JPEG"),
         ("junk", "files that are no photos", "delete them: they are ignored"),
     ):
-        if kinds[kind]:
+        if kind in kinds:
             yield Finding("info", what, cure, tuple(kinds[kind]))
+
+
+def _left_out_as(item: Excluded) -> str:
+    if item.reason.startswith("listed again"):
+        return "again"
+    ending = "." + item.file.lower().rpartition(".")[2]
+    hidden = item.file.rpartition("/")[2].startswith(".")
+    beside = item.reason == "not in a class folder" and ending in EXTENSIONS and not hidden
+    if beside or item.reason.startswith("no row"):
+        return "unlabelled"
+    return "foreign" if ending in FOREIGN and not hidden else "junk"
 
 
 def _looks(examined: Examined) -> Iterator[Finding]:
