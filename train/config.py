@@ -39,7 +39,8 @@ class DataConfig:
     """What it is trained on."""
 
     data: str = "synthetic"
-    """A folder with train.csv + train/, a folder per class, food101:PATH, or synthetic."""
+    """A folder with train.csv + train/, a folder per class, food101:PATH, shards:PATTERN (tar
+    files), or synthetic."""
     classes: tuple[str, ...] = ()
     """Use only these classes, in this order (default: all, sorted)."""
     limit: int | None = None
@@ -47,6 +48,8 @@ class DataConfig:
     split: Literal["grouped", "random"] = "grouped"
     """grouped keeps all copies of a picture on one side; random reproduces published numbers, and
     leaks."""
+    max_bad: float = 0.05
+    """Most photos that may be missing or damaged, as a share; the others are trained on."""
     val_fraction: float = 0.2
     """Share of the images kept for validation; 0 trains on all of them."""
     image_size: int = 112
@@ -203,6 +206,7 @@ def check(config: Config) -> None:
         ("--ema", optim.ema, 1),
         ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),
+        ("--max-bad", config.data.max_bad, 1),
     ):
         if not 0 <= value < (most or float("inf")):
             limit = f"in [0, {most})" if most else "0 or more"

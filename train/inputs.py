@@ -63,7 +63,7 @@ def load_inputs(config: Config) -> Inputs:
         photos = limit_photos(photos, data.limit, seed)
     # augmentation crops and turns: it finds some margin around the picture
     store = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
-    images, photos = load_images(photos, store)
+    images, photos = load_images(photos, store, max_bad=data.max_bad)
     split = split_photos(
         photos,
         pictures=pictures_of(images, photos) if data.val_fraction else None,
@@ -84,8 +84,8 @@ def resident_pixels(
     if backend != "triton":
         return None, f"the backend {backend} does not use the kernels"
     size, memory = inputs.images.nbytes, torch.cuda.get_device_properties(device).total_memory
-    if 3 * size > memory:
-        gigabytes = f"{size / 1e9:.1f} GB is more than a third of the GPU's {memory / 1e9:.1f} GB"
+    if 4 * size > memory:
+        gigabytes = f"{size / 1e9:.1f} GB is more than a quarter of the GPU's {memory / 1e9:.1f} GB"
         return None, f"the photos' {gigabytes}"
     try:
         return upload(inputs.images, device), f"{size / 1e9:.2f} GB of pixels stay there"
