@@ -35,7 +35,7 @@ from train.data.known import Known
 from train.data.photos import Excluded, Photos, UnreadablePhoto
 from train.errors import DataError, DiskError
 
-TRANSFORM = "centre square, bicubic antialiased, 1"  # raise the number when a change alters pixels
+TRANSFORM = "centre square, bicubic antialiased, 2"  # raise the number when a change alters pixels
 MAX_BAD = DataConfig.max_bad
 _TAIL = 8 + 32
 _STALE_SECONDS = 3600
@@ -128,11 +128,11 @@ def _build(path: Path, photos: Photos, size: int, progress: bool) -> dict[str, s
         free = shutil.disk_usage(path.parent).free
         if progress:
             print(
-                f"cache: {len(photos):,} photos at {size} px, {needed / 1e6:,.0f} MB of "
+                f"cache: {len(photos):,} photos at {size} px, {needed / 1e6:,.1f} MB of "
                 f"{free / 1e6:,.0f} MB free in {path.parent}"
             )
         if needed > free:
-            raise OSError(errno.ENOSPC, f"{free / 1e6:.0f} MB are free")
+            raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free")
         with temporary.open("w+b") as file:
             checksum = hashlib.sha256()
             failed = _write_squares(file, checksum, photos, size, progress)
@@ -145,7 +145,7 @@ def _build(path: Path, photos: Photos, size: int, progress: bool) -> dict[str, s
     except OSError as error:
         raise DiskError(
             f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
-            f"{needed / 1e6:.0f} MB; free some or set LAPIS_CACHE to another folder."
+            f"{needed / 1e6:,.1f} MB; free some or set LAPIS_CACHE to another folder."
         ) from error
     finally:
         with contextlib.suppress(OSError):

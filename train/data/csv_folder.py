@@ -64,7 +64,7 @@ def read_table(table: Path) -> Iterator[tuple[int, str, str]]:
         raise DataError(f"{table} holds NUL characters: save it as UTF-8 text.")
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     columns: list[str] = []
     try:
         for cells in reader:
@@ -76,6 +76,11 @@ def read_table(table: Path) -> Iterator[tuple[int, str, str]]:
                 at_file, at_label = _columns(table, columns)
                 continue
             where = f"row {reader.line_num} of {table}"
+            if any(cells[len(columns) :]) or "\n" in "".join(cells):
+                raise DataError(
+                    f"{where} does not fit the {len(columns)} columns: put quotes around values "
+                    "with a comma, and close every quote."
+                )
             file, label = (cells[at] if at < len(cells) else "" for at in (at_file, at_label))
             if not file or not label:
                 missing = "label" if file else "filename"

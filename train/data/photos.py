@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
@@ -222,16 +223,24 @@ def _digests(root: Path, files: Sequence[str]) -> list[str | Excluded]:
 def photo_files(folder: Path) -> tuple[list[str], list[Excluded]]:
     """All photos below `folder` (sorted, with forward slashes), and the junk beside them."""
     photos, junk = [], []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=_unlisted):
         below = Path(path).relative_to(folder).as_posix()
         prefix = "" if below == "." else f"{below}/"
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for name in folders:
+            if os.path.islink(os.path.join(path, name)):
+                link = _printable(prefix + name)
+                junk.append(Excluded(link, "a link to a folder, not followed", bad=False))
         for file in sorted(files):
             if file.startswith(".") or os.path.splitext(file)[1].lower() not in EXTENSIONS:
                 junk.append(Excluded(_printable(prefix + file), "not a photo", bad=False))
             else:
                 photos.append(prefix + file)
     return photos, junk
+
+
+def _unlisted(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be listed ({error.strerror}).") from error
 
 
 def _printable(file: str) -> str:
@@ -266,13 +275,11 @@ def decode(source: Path | bytes, shorter: int | None = None) -> Image.Image:
     Raises UnreadablePhoto with the reason, DataError where the system refuses to read the file.
     """
     try:
-        in_memory = isinstance(source, bytes)
-        if (len(source) if in_memory else source.stat().st_size) == 0:
-            raise UnreadablePhoto("empty file")
-        with Image.open(io.BytesIO(source) if in_memory else source, formats=FORMATS) as image:
+        with _open(source) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            _check_whole(file, image.format)
             orientation = _orientation(image)
             if shorter is not None:
                 scale = 2 * shorter / min(width, height)
@@ -289,6 +296,38 @@ def decode(source: Path | bytes, shorter: int | None = None) -> Image.Image:
             raise DataError(f"{source} cannot be read ({error.strerror}): try again.") from error
         raise UnreadablePhoto(f"damaged: {str(error) or type(error).__name__}") from error
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def _open(source: Path | bytes) -> BinaryIO:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    if not file.seek(0, os.SEEK_END):
+        file.close()
+        raise UnreadablePhoto("empty file")
+    file.seek(0)
+    return file
+
+
+def _check_whole(file: BinaryIO, kind: str | None) -> None:
+    """Raise for damage that Pillow decodes to a partly grey picture: a PNG with a wrong checksum; a
+    JPEG, WEBP or AVIF that ends in zeros, as interrupted copies do whose length was set first."""
+    place = file.tell()
+    if kind == "PNG":
+        file.seek(0)
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()
+    elif kind in ("JPEG", "MPO", "WEBP", "AVIF"):
+        end = file.seek(0, os.SEEK_END)
+        if kind == "WEBP":  # what follows the length in its header is no part of it
+            file.seek(4)
+            end = min(end, 8 + int.from_bytes(file.read(4), "little"))
+        file.seek(max(0, end - 64))
+        if not any(file.read(min(end, 64))):
+            file.seek(0)
+            content = file.read() if kind in ("JPEG", "MPO") else b""
+            # zeros may follow the end marker, which no scan of the picture may
+            if content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
+                raise UnreadablePhoto("damaged: its end is missing")
+    file.seek(place)
 
 
 def _orientation(image: Image.Image) -> int:

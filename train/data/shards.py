@@ -118,8 +118,8 @@ def find_shards(pattern: str) -> list[Path]:
     number, of = map(int, share.groups())
     if not 1 <= number <= of <= len(shards):
         raise UsageError(
-            f"--data {PREFIX}{pattern}{share[0]}: the share must be K/N with 1 <= K <= N and at most "
-            f"as many machines as the {len(shards)} shards."
+            f"--data {PREFIX}{pattern}{share[0]}: the share must be K/N with "
+            f"1 <= K <= N and N at most the {len(shards)} shards."
         )
     return shards[number - 1 :: of]
 
