@@ -15,6 +15,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
     "timm>=1.0",
+    "webdataset>=1.0",
 ]
 
 setup(

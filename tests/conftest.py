@@ -49,6 +49,14 @@ def exact_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory):
+    """No test writes into the user's cache, or reads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAPIS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """PyTorch's own generator starts alike in every test, whatever ran before in the process."""

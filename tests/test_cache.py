@@ -1,8 +1,10 @@
 """The cache: right pixels, decoded once, rebuilt when damaged, nothing half-written left."""
 
+import hashlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data import cache, limit_photos, load_images, open_photos
+from train.data import cache, known, limit_photos, load_images, open_photos
 from train.errors import DataError, DiskError
 
 
@@ -94,12 +96,84 @@ def test_each_content_is_decoded_once_ever(folder, tmp_path):
 def test_a_damaged_cache_is_built_again(folder, tmp_path, damage):
     whole, _ = load(folder, tmp_path / "c")
     expected = whole.copy()
-    (path,) = (tmp_path / "c").iterdir()
+    (path,) = (tmp_path / "c").glob("*.images")
     sound = path.read_bytes()
+    time.sleep(0.02)  # time stamps have a resolution
     path.write_bytes(damage(sound))
     images, _ = load(folder, tmp_path / "c")
     assert np.array_equal(images, expected)
     assert path.read_bytes() == sound
+
+
+def test_a_known_cache_is_not_read_through_again_and_a_copied_one_is_once(
+    folder, tmp_path, monkeypatch
+):
+    """What a start costs must not grow with the cache; what came from elsewhere is verified."""
+    verified = []
+    real = cache._sound
+    monkeypatch.setattr(cache, "_sound", lambda *args: verified.append(args) or real(*args))
+    first, _ = load(folder, tmp_path / "c")
+    load(folder, tmp_path / "c")
+    assert verified == []
+    monkeypatch.setattr(known, "SETTLED_NS", 0)
+    (path,) = (tmp_path / "c").glob("*.images")
+    (tmp_path / "d").mkdir()
+    shutil.copy2(path, tmp_path / "d")
+    time.sleep(0.02)
+    for _ in range(2):
+        again, _ = load(folder, tmp_path / "d")
+        assert np.array_equal(again, first)
+    assert len(verified) == 1
+
+
+def test_a_damaged_memory_only_costs_the_work_again(folder, tmp_path):
+    first, _ = load(folder, tmp_path / "c")
+    (memory,) = (tmp_path / "c").glob("*.known.json")
+    for content in (b"", b"[1]", b'{"x.images": 3}', memory.read_bytes()[:-9], b"\xff"):
+        memory.write_bytes(content)
+        assert np.array_equal(load(folder, tmp_path / "c")[0], first)
+
+
+def test_photos_are_hashed_once_and_again_when_they_change(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "c"))
+    read = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind)
+    )
+    fresh = open_photos(str(folder))
+    assert open_photos(str(folder)).digests == fresh.digests
+    assert len(read) == 48  # files this young may still change unseen
+    monkeypatch.setattr(known, "SETTLED_NS", 0)
+    time.sleep(0.02)
+    open_photos(str(folder))
+    read.clear()
+    assert open_photos(str(folder)).digests == fresh.digests
+    assert read == []
+    changed = folder / "a" / "03.png"
+    before = changed.stat()
+    content = bytearray(changed.read_bytes())
+    content[-20] ^= 1
+    changed.write_bytes(content)  # the same size
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))  # and the same time
+    digests = open_photos(str(folder)).digests
+    assert read == [str(changed)]
+    assert digests[3] == hashlib.sha256(content).hexdigest() != fresh.digests[3]
+    assert digests[4:] == fresh.digests[4:]
+
+
+def test_the_size_is_said_before_it_is_built_and_must_be_free(
+    folder, tmp_path, monkeypatch, capsys
+):
+    photos = open_photos(str(folder))
+    load_images(photos, 32, cache_dir=tmp_path / "c", progress=True)
+    assert "cache: 24 photos at 32 px, 0.1 MB of " in capsys.readouterr().out
+    load_images(photos, 32, cache_dir=tmp_path / "c", progress=True)
+    assert "cache:" not in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 70_000))
+    with pytest.raises(DiskError, match=r"\(0\.1 MB are free\): it needs 0\.1 MB"):
+        load(folder, tmp_path / "d")
+    assert list((tmp_path / "d").iterdir()) == []
 
 
 def test_unreadable_photos_are_left_out_and_stay_so(folder, tmp_path):
@@ -137,7 +211,7 @@ def test_few_photos_in_a_class_warn(folder, tmp_path):
 
 def test_a_folder_that_cannot_be_written(folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match=r"needs 0 MB.*LAPIS_CACHE"):
+    with pytest.raises(DiskError, match=r"needs 0\.1 MB.*LAPIS_CACHE"):
         load(folder, tmp_path / "file")
 
 
@@ -224,6 +298,55 @@ def test_killed_while_building_and_two_builders_at_once(folder, tmp_path):
     images, photos = load(folder, tmp_path / "c")
     assert len(images) == 24
     assert np.array_equal(images[3], cache.square(Image.fromarray(photos.read(3)), 32))
+
+
+def _build_until(folder, cache_dir, boundary: int) -> None:
+    """Build, and die at the n-th of the calls that write, as in a loss of power."""
+    calls = 0
+
+    def counted(function):
+        def call(*args, **options):
+            nonlocal calls
+            calls += 1
+            if calls == boundary:
+                os._exit(9)
+            return function(*args, **options)
+
+        return call
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            found = getattr(self.file, name)
+            return counted(found) if name in ("write", "flush") else found
+
+    write = cache._write_squares
+    cache._write_squares = lambda file, *rest: write(File(file), *rest)
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    load_images(open_photos(str(folder)), 32, cache_dir=cache_dir, progress=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_at_every_write_the_next_run_has_the_right_pixels(folder, tmp_path):
+    expected, _ = load(folder, tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    codes = []
+    # 24 squares, fsync, replace, then the memory's fsync and replace
+    for boundary in (1, 2, 23, 24, 25, 26, 27, 28, 29):
+        process = fork.Process(target=_build_until, args=(folder, tmp_path / "c", boundary))
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+        kept = {p.suffix for p in (tmp_path / "c").iterdir()}
+        assert kept <= {".tmp", ".images", ".json"} or boundary > 26
+        images, photos = load(folder, tmp_path / "c")
+        assert np.array_equal(images, expected)
+        assert len(photos) == 24
+        shutil.rmtree(tmp_path / "c")
+    assert codes == [9] * 8 + [0]
 
 
 def test_default_folder(monkeypatch, tmp_path):

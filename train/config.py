@@ -40,7 +40,8 @@ class DataConfig:
     """What it is trained on."""
 
     data: str = "synthetic"
-    """A folder with train.csv + train/, a folder per class, food101:PATH, or synthetic."""
+    """A folder with train.csv + train/, a folder per class, food101:PATH, shards:PATTERN (tar
+    files), or synthetic."""
     classes: tuple[str, ...] = ()
     """Use only these classes, in this order (default: all, sorted)."""
     relabel: Path | None = None
@@ -52,6 +53,8 @@ class DataConfig:
     """grouped keeps all copies of a picture on one side (a column split in train.csv goes first);
     random reproduces published numbers, and leaks; a CSV of filename,label,split, such as the
     split.csv of another run, gives the very same split."""
+    max_bad: float = 0.05
+    """Most photos that may be missing or damaged, as a share; the others are trained on."""
     val_fraction: float = 0.2
     """Share of the images kept for validation; 0 trains on all of them."""
     fold: int | None = None
@@ -222,6 +225,7 @@ def check(config: Config) -> None:
         ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),
         ("--cutmix", config.data.cutmix, None),
+        ("--max-bad", config.data.max_bad, 1),
     ):
         if not 0 <= value < (most or float("inf")):
             limit = f"in [0, {most})" if most else "0 or more"

@@ -74,7 +74,7 @@ def load_inputs(config: Config) -> Inputs:
     listed = photos
     if data.limit is not None:
         photos = limit_photos(photos, data.limit, seed)
-    images, photos = load_images(photos, stored_size(data))
+    images, photos = load_images(photos, stored_size(data), max_bad=data.max_bad)
     pictures = pictures_of(images, photos) if data.val_fraction else None
     split = make_split(config, photos, pictures, listed.files)
     return Inputs(images, photos, split, relabelled)
@@ -146,8 +146,8 @@ def resident_pixels(
     if augment not in KERNEL_AUGMENTS:
         return None, f"the kernels know no --augment {augment}"
     size, memory = inputs.images.nbytes, torch.cuda.get_device_properties(device).total_memory
-    if 3 * size > memory:
-        gigabytes = f"{size / 1e9:.1f} GB is more than a third of the GPU's {memory / 1e9:.1f} GB"
+    if 4 * size > memory:
+        gigabytes = f"{size / 1e9:.1f} GB is more than a quarter of the GPU's {memory / 1e9:.1f} GB"
         return None, f"the photos' {gigabytes}"
     try:
         return upload(inputs.images, device), f"{size / 1e9:.2f} GB of pixels stay there"

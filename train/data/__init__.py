@@ -1,6 +1,6 @@
 """Photos: where they come from, how they are split, cached, augmented and fed to a training."""
 
-from train.data import csv_folder, folder, food101, synthetic
+from train.data import csv_folder, folder, food101, shards, synthetic
 from train.data.cache import load_images
 from train.data.loader import Batch, Loader
 from train.data.photos import Excluded, Photos, UnreadablePhoto
@@ -10,7 +10,7 @@ from train.errors import DataError
 SYNTHETIC = synthetic.NAME
 
 # Asked in this order; the first that accepts the value of --data opens it.
-SOURCES = (synthetic, food101, csv_folder, folder)
+SOURCES = (synthetic, food101, shards, csv_folder, folder)
 
 __all__ = [
     "SOURCES",
@@ -31,7 +31,8 @@ __all__ = [
 def open_photos(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> Photos:
     """The photos that `data` names, none of them decoded yet.
 
-    data: "synthetic", "food101:PATH", a folder with train.csv and train/, or a folder per class.
+    data: "synthetic", "food101:PATH", "shards:PATTERN", a folder with train.csv and train/, or a
+        folder per class.
     classes: keep only these. seed: of the drawings; photo folders ignore it.
     Raises DataError or UsageError with one sentence and the cure.
     """
@@ -40,5 +41,5 @@ def open_photos(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
             return source.open_source(data, classes=classes, seed=seed)
     raise DataError(
         f"--data {data} is no folder: give a folder with train.csv and train/, a folder per class, "
-        f"food101:PATH or {SYNTHETIC}."
+        f"food101:PATH, shards:PATTERN or {SYNTHETIC}."
     )

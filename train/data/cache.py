@@ -4,13 +4,17 @@ The file is the squares, uint8 [M, size, size, 3], then a JSON footer (which con
 read, and why), its length (8 bytes) and the SHA-256 of everything before. It is written under
 another name and moved into place, so a killed build leaves nothing that could be taken for a cache.
 Squares are appended, not written through a memory map: a full disk is then an error, not a SIGBUS.
+The checksum of a file that was not written here, or has changed since, is verified once; a start
+with a known file reads no more than its footer.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import secrets
+import shutil
 import time
 import warnings
 from collections import deque
@@ -26,11 +30,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from kernels.store import cache_dir as default_cache_dir
+from train.config import DataConfig
+from train.data.known import Known
 from train.data.photos import Excluded, Photos, UnreadablePhoto
 from train.errors import DataError, DiskError
 
-TRANSFORM = "centre square, bicubic antialiased, 1"  # raise the number when a change alters pixels
-MAX_BAD = 0.05
+TRANSFORM = "centre square, bicubic antialiased, 2"  # raise the number when a change alters pixels
+MAX_BAD = DataConfig.max_bad
 _TAIL = 8 + 32
 _STALE_SECONDS = 3600
 
@@ -54,21 +60,12 @@ def load_images(
     folder = cache_dir or default_cache_dir()
     key = hashlib.sha256("\n".join([TRANSFORM, str(size), *photos.digests]).encode()).hexdigest()
     path = folder / f"{key[:32]}.images"
-    failed = _check(path, size, progress)
+    known = Known("caches", folder)
+    failed = _footer(path, size, known, progress)
     if failed is None:
-        try:
-            _build(path, photos, size, progress)
-        except OSError as error:
-            needed = len(photos) * size * size * 3 / 1e6
-            raise DiskError(
-                f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
-                f"{needed:.0f} MB; free some or set LAPIS_CACHE to another folder."
-            ) from error
-        failed = _check(path, size, progress)
-        if failed is None:
-            raise DiskError(
-                f"the image cache {path} does not read back as written: check the disk."
-            )
+        failed = _build(path, photos, size, progress)
+        known.put(path.name, path.stat(), True, own=True)
+    known.save()
     readable = _readable(photos, failed, max_bad)
     return np.memmap(path, np.uint8, "r", shape=(len(readable), size, size, 3)), readable
 
@@ -81,31 +78,20 @@ def square(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def _check(path: Path, size: int, progress: bool) -> dict[str, str] | None:
+def _footer(path: Path, size: int, known: Known, progress: bool) -> dict[str, str] | None:
     """The unreadable contents a sound cache records, by digest; None if it must be built."""
     try:
         with path.open("rb") as file:
-            total = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            total = status.st_size
+            if known.get(path.name, status) is not True:
+                if not _sound(file, total, progress):
+                    return None
+                known.put(path.name, status, True)
             file.seek(total - _TAIL)
             footer_bytes = int.from_bytes(file.read(8), "little")
-            expected = file.read(32)
             pixels = total - _TAIL - footer_bytes
-            file.seek(0)
-            checksum = hashlib.sha256()
-            remaining = total - 32
-            with tqdm(
-                desc="checking the cache",
-                total=total,
-                unit="B",
-                unit_scale=True,
-                delay=1,
-                disable=not progress,
-            ) as bar:
-                while remaining and (chunk := file.read(min(remaining, 2**24))):
-                    checksum.update(chunk)
-                    remaining -= len(chunk)
-                    bar.update(len(chunk))
-            if checksum.digest() != expected or pixels < 0 or pixels % (size * size * 3):
+            if pixels < 0 or pixels % (size * size * 3):
                 return None
             file.seek(pixels)
             return json.loads(file.read(footer_bytes))
@@ -113,35 +99,71 @@ def _check(path: Path, size: int, progress: bool) -> dict[str, str] | None:
         return None
 
 
-def _build(path: Path, photos: Photos, size: int, progress: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
+def _sound(file: BinaryIO, total: int, progress: bool) -> bool:
+    """Whether the last 32 of `total` bytes are the SHA-256 of all others."""
+    checksum = hashlib.sha256()
+    remaining = total - 32
+    with tqdm(
+        desc="checking the cache",
+        total=total,
+        unit="B",
+        unit_scale=True,
+        delay=1,
+        disable=not progress,
+    ) as bar:
+        while remaining > 0 and (chunk := file.read(min(remaining, 2**24))):
+            checksum.update(chunk)
+            remaining -= len(chunk)
+            bar.update(len(chunk))
+    return file.read() == checksum.digest()
+
+
+def _build(path: Path, photos: Photos, size: int, progress: bool) -> dict[str, str]:
+    """Write the cache; returns the unreadable contents. Raises DiskError."""
+    needed = len(photos) * size * size * 3
     temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        free = shutil.disk_usage(path.parent).free
+        if progress:
+            print(
+                f"cache: {len(photos):,} photos at {size} px, {needed / 1e6:,.1f} MB of "
+                f"{free / 1e6:,.0f} MB free in {path.parent}"
+            )
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free")
         with temporary.open("w+b") as file:
-            failed = _write_squares(file, photos, size, progress)
+            checksum = hashlib.sha256()
+            failed = _write_squares(file, checksum, photos, size, progress)
             footer = json.dumps(failed).encode()
-            file.write(footer + len(footer).to_bytes(8, "little"))
-            file.seek(0)
-            checksum = hashlib.file_digest(file, "sha256").digest()
-            file.seek(0, os.SEEK_END)
-            file.write(checksum)
+            checksum.update(footer := footer + len(footer).to_bytes(8, "little"))
+            file.write(footer + checksum.digest())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise DiskError(
+            f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
+            f"{needed / 1e6:,.1f} MB; free some or set LAPIS_CACHE to another folder."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return failed
 
 
 def _remove_stale(folder: Path) -> None:
-    """Leftovers of killed builds; a running one has written within the hour."""
-    for temporary in folder.glob("*.tmp"):
+    """Leftovers of killed runs; a running one has written within the hour."""
+    for temporary in (*folder.glob("*.tmp"), *folder.glob(".*.known.json.*")):
         with contextlib.suppress(FileNotFoundError):  # another build may clean up at the same time
             if time.time() - temporary.stat().st_mtime > _STALE_SECONDS:
                 temporary.unlink()
 
 
-def _write_squares(file: BinaryIO, photos: Photos, size: int, progress: bool) -> dict[str, str]:
+def _write_squares(
+    file: BinaryIO, checksum: "hashlib._Hash", photos: Photos, size: int, progress: bool
+) -> dict[str, str]:
     """Appends the square of every readable photo, in order; decodes equal contents once."""
     first: dict[str, str] = {}
     for name, digest in zip(photos.files, photos.digests, strict=True):
@@ -165,6 +187,7 @@ def _write_squares(file: BinaryIO, photos: Photos, size: int, progress: bool) ->
             written[digest] = file.tell()
             pixels = result.tobytes()
         file.write(pixels)
+        checksum.update(pixels)
     return failed
 
 

@@ -59,6 +59,8 @@ def read_table(table: Path) -> Iterator[tuple[int, str, str, str | None]]:
     for row, cells in read_rows(table, ("filename", "label")):
         where = f"row {row} of {table}"
         file, label = cells["filename"].strip(), cells["label"].strip()
+        if "\n" in file + label:
+            raise DataError(f"{where} has a value of several lines: close every quote.")
         if not file or not label:
             missing = "label" if file else "filename"
             raise DataError(f"{where} has no {missing}: fill it in or delete the row.")

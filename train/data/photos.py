@@ -1,17 +1,22 @@
 """Photos as every source lists them, and how one photo file becomes an upright RGB picture."""
 
 import hashlib
+import io
 import os
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from train.data.known import Known
 from train.errors import DataError, UsageError
 
 # What Pillow may open: the formats photos come in. Among the others some start foreign programs.
@@ -131,35 +136,13 @@ def list_photos(
     classes: Sequence[str],
     excluded: Sequence[Excluded] = (),
 ) -> Photos:
-    """Photos from files under `root`; hashes each file once, in parallel.
+    """Photos from files under `root`.
 
     entries: (file relative to root, label, where it is listed, for messages). Entries that are not
     there are excluded. Raises DataError for a path that leaves `root` or when no file is left.
     """
-    real_root = os.path.realpath(root)
-    for file, _, where in entries:
-        if not Path(os.path.realpath(root / file)).is_relative_to(real_root):
-            raise DataError(
-                f"{where} leads out of {root} ({file!r}): put the photo itself into the folder."
-            )
-
-    def digest(entry: tuple[str, str, str]) -> str | Excluded:
-        path = root / entry[0]
-        try:
-            entry[0].encode()
-            if not path.is_file():
-                reason = "is not a regular file" if path.exists() else "listed, but not there"
-                return Excluded(entry[0], reason)
-            with path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-        except UnicodeEncodeError:
-            return Excluded(_printable(entry[0]), "file name is not valid text")
-        except OSError as error:
-            return Excluded(entry[0], error.strerror or str(error))
-
-    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
-        progress = tqdm(pool.map(digest, entries), "hashing", len(entries), unit=" files", delay=1)
-        results = list(progress)
+    _check_inside(root, entries)
+    results = _digests(root, [file for file, _, _ in entries])
     kept = [
         (file, label, result)
         for (file, label, _), result in zip(entries, results, strict=True)
@@ -185,18 +168,82 @@ def list_photos(
     )
 
 
+def _check_inside(root: Path, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Raise DataError for an entry that is, or lies behind, a link out of `root`."""
+    real_root = os.path.realpath(root)
+
+    @cache
+    def inside(path: str) -> bool:
+        return Path(os.path.realpath(path)).is_relative_to(real_root)
+
+    for file, _, where in entries:
+        path = os.path.join(root, file)
+        if not inside(os.path.dirname(path)) or (os.path.islink(path) and not inside(path)):
+            raise DataError(
+                f"{where} leads out of {root} ({file!r}): put the photo itself into the folder."
+            )
+
+
+def _digests(root: Path, files: Sequence[str]) -> list[str | Excluded]:
+    """The SHA-256 of each file below `root`, or why it has none. Read once, in parallel; as long
+    as a file stays as it is the sum is remembered."""
+    known = Known(f"digests of {os.path.realpath(root)}")
+    results: list[str | Excluded | None] = []
+    for file in files:
+        try:
+            file.encode()
+            status = os.stat(root / file)
+            if not stat.S_ISREG(status.st_mode):
+                results.append(Excluded(file, "is not a regular file"))
+            else:
+                digest = known.get(file, status)
+                results.append(digest if isinstance(digest, str) else None)
+        except UnicodeEncodeError:
+            results.append(Excluded(_printable(file), "file name is not valid text"))
+        except (FileNotFoundError, NotADirectoryError):
+            results.append(Excluded(file, "listed, but not there"))
+        except (OSError, ValueError) as error:
+            results.append(Excluded(file, getattr(error, "strerror", None) or str(error)))
+
+    def read(i: int) -> None:
+        file = files[i]
+        try:
+            with (root / file).open("rb") as stream:
+                status = os.fstat(stream.fileno())
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            known.put(file, status, digest)
+            results[i] = digest
+        except OSError as error:
+            results[i] = Excluded(file, error.strerror or str(error))
+
+    unread = [i for i, result in enumerate(results) if result is None]
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        list(tqdm(pool.map(read, unread), "hashing", len(unread), unit=" files", delay=1))
+    known.save()
+    return results
+
+
 def photo_files(folder: Path) -> tuple[list[str], list[Excluded]]:
     """All photos below `folder` (sorted, with forward slashes), and the junk beside them."""
     photos, junk = [], []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=_unlisted):
+        below = Path(path).relative_to(folder).as_posix()
+        prefix = "" if below == "." else f"{below}/"
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for name in folders:
+            if os.path.islink(os.path.join(path, name)):
+                link = _printable(prefix + name)
+                junk.append(Excluded(link, "a link to a folder, not followed", bad=False))
         for file in sorted(files):
-            relative = (Path(path) / file).relative_to(folder).as_posix()
-            if file.startswith(".") or Path(file).suffix.lower() not in EXTENSIONS:
-                junk.append(Excluded(_printable(relative), "not a photo", bad=False))
+            if file.startswith(".") or os.path.splitext(file)[1].lower() not in EXTENSIONS:
+                junk.append(Excluded(_printable(prefix + file), "not a photo", bad=False))
             else:
-                photos.append(relative)
+                photos.append(prefix + file)
     return photos, junk
+
+
+def _unlisted(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be listed ({error.strerror}).") from error
 
 
 def _printable(file: str) -> str:
@@ -213,21 +260,29 @@ class PhotoFolder:
     def __call__(self, file: str, shorter: int | None = None) -> Image.Image:
         return decode(self.root / file, shorter)
 
+    def read(self, file: str) -> bytes:
+        """The photo file as it is stored. Raises DataError where it cannot be read."""
+        try:
+            return (self.root / file).read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{self.root / file} cannot be read ({error.strerror}): try again."
+            ) from error
 
-def decode(path: Path, shorter: int | None = None) -> Image.Image:
-    """The photo at `path`, upright and in RGB; the first frame of an animation.
+
+def decode(source: Path | bytes, shorter: int | None = None) -> Image.Image:
+    """The photo at a path, or in memory, upright and in RGB; the first frame of an animation.
 
     shorter: the side the caller will shrink the shorter side to. A JPEG of more than four times
     that is then decoded at a reduced scale, still at least twice as large as asked.
     Raises UnreadablePhoto with the reason, DataError where the system refuses to read the file.
     """
     try:
-        if path.stat().st_size == 0:
-            raise UnreadablePhoto("empty file")
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(source) as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            _check_whole(file, image.format)
             orientation = _orientation(image)
             if shorter is not None:
                 scale = 2 * shorter / min(width, height)
@@ -241,9 +296,41 @@ def decode(path: Path, shorter: int | None = None) -> Image.Image:
         raise UnreadablePhoto(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except Exception as error:  # Pillow's plug-ins raise a dozen kinds for damaged files
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path} cannot be read ({error.strerror}): try again.") from error
+            raise DataError(f"{source} cannot be read ({error.strerror}): try again.") from error
         raise UnreadablePhoto(f"damaged: {str(error) or type(error).__name__}") from error
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
+
+
+def _open(source: Path | bytes) -> BinaryIO:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    if not file.seek(0, os.SEEK_END):
+        file.close()
+        raise UnreadablePhoto("empty file")
+    file.seek(0)
+    return file
+
+
+def _check_whole(file: BinaryIO, kind: str | None) -> None:
+    """Raise for damage that Pillow decodes to a partly grey picture: a PNG with a wrong checksum; a
+    JPEG, WEBP or AVIF that ends in zeros, as interrupted copies do whose length was set first."""
+    place = file.tell()
+    if kind == "PNG":
+        file.seek(0)
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()
+    elif kind in ("JPEG", "MPO", "WEBP", "AVIF"):
+        end = file.seek(0, os.SEEK_END)
+        if kind == "WEBP":  # what follows the length in its header is no part of it
+            file.seek(4)
+            end = min(end, 8 + int.from_bytes(file.read(4), "little"))
+        file.seek(max(0, end - 64))
+        if not any(file.read(min(end, 64))):
+            file.seek(0)
+            content = file.read() if kind in ("JPEG", "MPO") else b""
+            # zeros may follow the end marker, which no scan of the picture may
+            if content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda"):
+                raise UnreadablePhoto("damaged: its end is missing")
+    file.seek(place)
 
 
 def _orientation(image: Image.Image) -> int:

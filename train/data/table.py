@@ -29,7 +29,7 @@ def read_rows(table: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[st
     header = next((line for line in text.splitlines() if line.strip()), "")
     delimiter = max(",;\t", key=header.count)
     lines = io.StringIO(text, newline="")
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
     columns: list[str] = []
     try:
         for cells in reader:
@@ -39,6 +39,11 @@ def read_rows(table: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[st
                 columns = [cell.strip().lower() for cell in cells]
                 _check(table, columns, needed)
                 continue
+            if any(cell.strip() for cell in cells[len(columns) :]):
+                raise DataError(
+                    f"row {reader.line_num} of {table} does not fit the {len(columns)} columns: put "
+                    "quotes around values with a comma, and close every quote."
+                )
             cells += [""] * (len(columns) - len(cells))
             yield reader.line_num, dict(zip(columns, cells, strict=False))
     except csv.Error as error:
