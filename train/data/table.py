@@ -41,8 +41,8 @@ def read_rows(table: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[st
                 continue
             if any(cell.strip() for cell in cells[len(columns) :]):
                 raise DataError(
-                    f"row {reader.line_num} of {table} does not fit the {len(columns)} columns: put "
-                    "quotes around values with a comma, and close every quote."
+                    f"row {reader.line_num} of {table} does not fit the {len(columns)} columns: "
+                    "put quotes around values with a comma, and close every quote."
                 )
             cells += [""] * (len(columns) - len(cells))
             yield reader.line_num, dict(zip(columns, cells, strict=False))
