@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from train.data.photos import Excluded, Photos, choose_classes, list_photos, photo_files
 from train.data.split_file import side_of
-from train.data.table import read_rows
+from train.data.table import misfit, read_rows
 from train.errors import DataError
 
 
@@ -60,7 +60,7 @@ def read_table(table: Path) -> Iterator[tuple[int, str, str, str | None]]:
         where = f"row {row} of {table}"
         file, label = cells["filename"].strip(), cells["label"].strip()
         if "\n" in file + label:
-            raise DataError(f"{where} has a value of several lines: close every quote.")
+            raise misfit(where, len(cells))
         if not file or not label:
             missing = "label" if file else "filename"
             raise DataError(f"{where} has no {missing}: fill it in or delete the row.")

@@ -40,14 +40,19 @@ def read_rows(table: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[st
                 _check(table, columns, needed)
                 continue
             if any(cell.strip() for cell in cells[len(columns) :]):
-                raise DataError(
-                    f"row {reader.line_num} of {table} does not fit the {len(columns)} columns: "
-                    "put quotes around values with a comma, and close every quote."
-                )
+                raise misfit(f"row {reader.line_num} of {table}", len(columns))
             cells += [""] * (len(columns) - len(cells))
             yield reader.line_num, dict(zip(columns, cells, strict=False))
     except csv.Error as error:
         raise DataError(f"row {reader.line_num} of {table} is not CSV ({error}).") from None
+
+
+def misfit(where: str, columns: int) -> DataError:
+    """The sentence for a row in which a comma or a quote stands where it should not."""
+    return DataError(
+        f"{where} does not fit the {columns} columns: put quotes around values with a comma, and "
+        "close every quote."
+    )
 
 
 def _check(table: Path, columns: list[str], needed: Sequence[str]) -> None:
