@@ -114,7 +114,7 @@ def test_every_source_takes_it(folder, table, tmp_path):
 
 def test_a_photo_that_was_left_out_already_may_be_dropped_not_labelled(tmp_path, table):
     rows = "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(5))
-    (tmp_path / "train.csv").write_text("filename,label\n" + rows)
+    (tmp_path / "train.csv").write_text("filename,label\n" + rows + "3.png,b\n")
     (tmp_path / "train").mkdir()
     for i in range(4):
         Image.new("RGB", (20, 20), (i, 0, 0)).save(tmp_path / "train" / f"{i}.png")
@@ -123,6 +123,8 @@ def test_a_photo_that_was_left_out_already_may_be_dropped_not_labelled(tmp_path,
     assert (done.changed, done.dropped, after.files) == (0, 0, photos.files)
     with pytest.raises(DataError, match="row 2"):
         relabel(photos, table("filename,label\n4.png,b\n"))
+    after, done = relabel(photos, table("filename,label\n3.png,\n"))  # listed twice, left out once
+    assert (done.dropped, after.files) == (1, photos.files[:3])
 
 
 def test_only_classes_keeps_names_and_renumbers(folder):

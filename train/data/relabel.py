@@ -31,6 +31,7 @@ def relabel(photos: Photos, table: Path) -> tuple[Photos, Relabelled]:
     position = {file: i for i, file in enumerate(photos.files)}
     left_out = {item.file for item in photos.excluded}
     number = {label: k for k, label in enumerate(photos.classes)}
+    known = ", ".join(photos.classes[:12]) + (", ..." if len(photos.classes) > 12 else "")
     labels, dropped = photos.labels.copy(), []
     seen: dict[str, tuple[int, str]] = {}
     for row, cells in read_rows(table, COLUMNS):
@@ -50,11 +51,13 @@ def relabel(photos: Photos, table: Path) -> tuple[Photos, Relabelled]:
         if label and label not in number:
             raise DataError(
                 f"{where} gives {file} the label {label!r}, which is no class of {photos.name}: "
-                f"choose from {', '.join(photos.classes)}, or leave it empty to drop the photo."
+                f"choose from {known}, or leave it empty to drop the photo."
             )
-        if seen[file][0] != row or (file in left_out and not label):
+        if seen[file][0] != row:
             continue
         if file not in position:
+            if file in left_out and not label:
+                continue
             raise DataError(
                 f"{where} names {file!r}, which is not in {photos.name}: correct the name or "
                 "delete the row."
