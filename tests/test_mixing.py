@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import DEVICE
 from tests.test_graphs import Rerun
 from tests.test_step import OPTIM, Batches, equal, micro_resnet, snapshot, steps, training
 from train.graphs import CapturedStep
@@ -95,3 +96,15 @@ def test_a_captured_step_changes_between_the_two():
     assert ends[0][0] == ends[1][0]
     assert equal(ends[0][1], ends[1][1])
     assert graph.replays == 6
+
+
+@pytest.mark.gpu
+def test_a_gpu_captures_both(exact_float32):
+    losses = []
+    for graph in (False, True):
+        model = micro_resnet().to(DEVICE)
+        options = {"mixup_alpha": 0.4, "cutmix_alpha": 1.0, "seed": 1}
+        run = training(model=model, cuda_graph=graph, **options)
+        losses.append([step.loss for step in steps(run, Batches(device=DEVICE))])
+    assert run.run_step.reason is None
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)

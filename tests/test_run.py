@@ -309,6 +309,18 @@ def test_another_run_has_the_very_same_split(finished, photos, tmp_path, capsys)
     assert main("--resume", out) == 0
 
 
+def test_no_picture_stops_a_training(photos, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("no ink")
+
+    monkeypatch.setattr(run, "draw_batch", broken)
+    out = tmp_path / "r"
+    assert main(*QUICK, "--epochs", "1", "--data", photos, "--out", out) == 0
+    assert "warning: batch.png was not made (no ink)" in capsys.readouterr().err
+    assert not (out / "batch.png").exists()
+    assert "Training batch" not in (out / "report.html").read_text()
+
+
 def test_folds_and_the_sampler_from_the_command_line(photos, tmp_path, capsys):
     seen = []
     for fold in (1, 2, 3):

@@ -211,7 +211,10 @@ def limit_photos(photos: Photos, n: int, seed: int = 0) -> Photos:
             "needs at least two."
         )
     chosen = [
-        np.random.default_rng((seed, label)).permutation(np.flatnonzero(photos.labels == label))[:k]
+        # numbers of their own: those of a split would keep one of its sides
+        np.random.default_rng((seed, label, 1)).permutation(np.flatnonzero(photos.labels == label))[
+            :k
+        ]
         for label, k in enumerate(quota)
     ]
     return photos.subset(np.sort(np.concatenate(chosen)))
