@@ -43,7 +43,7 @@ from kernels.bn_checks import (
     describe,
     reference_gradients,
 )
-from kernels.bn_passes import backward, empty_outputs, forward, keeps_mask
+from kernels.bn_passes import apply, backward, empty_outputs, forward, keeps_mask
 from kernels.bn_stats import FOLD_ABOVE, batch_statistics, statistics
 from kernels.bn_stats import reference as reference_statistics
 from kernels.bn_sums import coefficients, kind_of, sums
@@ -317,6 +317,8 @@ def _launch(x, weight, bias, running_mean, running_var, residual) -> None:
         for training in (True, False):
             backward(y, x, norm, *saved, "relu", training)
         sums(y, x, norm, "relu", *saved, dy2=y)
+    for act in ("identity", "relu"):  # dz, or dy where act' is still to be taken
+        apply(y, x, norm, torch.empty((3, x.shape[1]), device=x.device), act=act, more=y)
     many = torch.empty((2, FOLD_ABOVE + 1, x.shape[1]), device=x.device)
     coefficients(many, x.numel() // x.shape[1], norm)
 

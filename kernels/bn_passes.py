@@ -61,11 +61,11 @@ def _forward_kernel(
 
 
 @triton.jit
-def _store_gradient(ptr, coefficients_ptr, dz, centred, offsets, inside, cols, c):
+def _store_gradient(ptr, coefficients_ptr, dz, centred, more, offsets, inside, cols, c):
     a = load(coefficients_ptr, cols, cols < c)
     b = load(coefficients_ptr + c, cols, cols < c)
     constant = load(coefficients_ptr + 2 * c, cols, cols < c)
-    dx = rounded(a * dz + b * centred + constant, ptr.dtype.element_ty)
+    dx = rounded(a * dz + b * centred + constant + more, ptr.dtype.element_ty)
     tl.store(ptr + offsets, dx, mask=inside)
 
 
@@ -74,7 +74,7 @@ def _apply_kernel(
     dy_ptr,
     x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, eps,
     r_ptr, r_weight_ptr, r_bias_ptr, r_mean_ptr, r_var_ptr, r_eps,
-    coefficients_ptr, dx_ptr, dr_ptr,
+    more_ptr, coefficients_ptr, dx_ptr, dr_ptr,
     m, c,
     ACT: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -91,10 +91,11 @@ def _apply_kernel(
     r = load(r_ptr + first, offsets, inside) if RESIDUAL != "none" else x
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     dz = gradient(dy, preactivation(x, mean, s, b, r, r_mean, r_s, r_b, RESIDUAL, DTYPE), ACT)
-    _store_gradient(dx_ptr + first, coefficients_ptr, dz, x - mean, offsets, inside, cols, c)
+    more = load(more_ptr + first, offsets, inside) if more_ptr is not None else 0.0
+    _store_gradient(dx_ptr + first, coefficients_ptr, dz, x - mean, more, offsets, inside, cols, c)
     if RESIDUAL == "norm":
         r_coefficients = coefficients_ptr + 3 * c
-        _store_gradient(dr_ptr + first, r_coefficients, dz, r - r_mean, offsets, inside, cols, c)
+        _store_gradient(dr_ptr + first, r_coefficients, dz, r - r_mean, 0.0, offsets, inside, cols, c)
 
 
 def empty_outputs(x: torch.Tensor, kind: str, act: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,12 +138,14 @@ def apply(
     r: torch.Tensor | None = None,
     r_norm: Norm | None = None,
     act: str = "identity",
+    more: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch dx = A*dz + B*(x - mean) + C with the `found` coefficients [3, C], and with a raw
-    residual r and its norm ([6, C]) the same for r.
+    """Launch dx = A*dz + B*(x - mean) + C [+ more] with the `found` coefficients [3, C], and with a
+    raw residual r and its norm ([6, C]) the same for r, without `more`.
 
     dz: [N, C, H, W] of x's dtype, what `sums` kept; or dy, with the `act` whose derivative at
         z = norm(x) [+ r_norm(r)] is still to be taken.
+    more: what reaches x past the norm, [N, C, H, W] of x's dtype; added in float32.
     Returns dx and dr (None without r) [N, C, H, W], channels-last.
     """
     x = nhwc(x)
@@ -157,7 +160,7 @@ def apply(
         (cdiv(m, block_m) * cdiv(c, block_c),),
         *(nhwc(dz), x, *norm),
         *(None if r is None else nhwc(r), *(r_norm or norm)),
-        *(found, dx, dr, m, c),
+        *(None if more is None else nhwc(more), found, dx, dr, m, c),
         ACT=act,
         RESIDUAL=kind_of(r, r_norm),
         BLOCK_M=block_m,

@@ -116,6 +116,8 @@ def _conv_kernel(
     offsets = m.to(tl.int64)[:, None] * K + k[None, :]
     inside = (m < rows)[:, None] & (k < K)[None, :]
     if partials_ptr is not None:
+        if residual_ptr is not None:
+            acc += load(residual_ptr, offsets, inside)
         y = rounded(acc, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, y, mask=inside)
         y = tl.where((m < rows)[:, None], y.to(tl.float32), 0.0)
@@ -203,8 +205,8 @@ def convolve(
     residual: torch.Tensor | None = None,
     act: str = "identity",
 ) -> None:
-    """Launch y = conv(h), with the `partials` of its statistics float32 [2, T, K], one a tile of
-    rows; or y = act(norm(conv(h)) [+ residual])."""
+    """Launch y = conv(h) [+ residual], with the `partials` of its statistics float32 [2, T, K], one
+    a tile of rows; or y = act(norm(conv(h)) [+ residual])."""
     x, weight = stored_h(h), nhwc(weight)
     (_, c, height, w), (k, _, r, s), (n, _, p, q) = x.shape, weight.shape, y.shape
     pad_w, pixel = padding, c

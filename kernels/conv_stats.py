@@ -2,6 +2,8 @@
 
     forward    y = conv(x), mean = E[y], var = E[(y - mean)^2] over N, P, Q
     prologue   x = act(norm(x')) of the unit before, made on load (`conv_prologue`); launcher only
+    epilogue   y = conv(x) + residual, rounded once, where the BatchNorm comes after an addition, as
+               in blocks with pre-activation; launcher only
     backward   dx, dW by ATen (cuDNN); bn_act's backward holds the training formula, so mean and var
                take no gradient
 
@@ -51,9 +53,12 @@ def forward(
     stride: int,
     padding: int,
     tile: Tile | None = None,
+    *,
+    residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch y = conv(h) and the merge of its statistics, h [N, C, H, W] stored or made on load;
-    returns y and float32 [2, K]: means, then biased variances (zeros for an empty batch)."""
+    """Launch y = conv(h) [+ residual] and the merge of its statistics, h [N, C, H, W] stored or made
+    on load, residual [N, K, P, Q] of its dtype; returns y and float32 [2, K]: means, then biased
+    variances (zeros for an empty batch)."""
     x = stored_h(h)
     y = empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
@@ -62,7 +67,7 @@ def forward(
     tile = tile or choose(x, k, rows)
     tiles = cdiv(rows, tile.block_m)
     partials = torch.empty((2, tiles, k), dtype=torch.float32, device=x.device)
-    convolve(h, weight, y, stride, padding, tile, partials=partials)
+    convolve(h, weight, y, stride, padding, tile, partials=partials, residual=residual)
     return y, merge(partials, rows, tile.block_m)
 
 
@@ -117,10 +122,12 @@ def conv_stats(
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int) -> None:
-    forward(x, weight, stride, padding)
+    y, _ = forward(x, weight, stride, padding)
     if x.shape[1] > IMAGE_CHANNELS:
         channels = torch.empty(x.shape[1], device=x.device)
         made = Normed(x, Norm(*[channels] * 4, 1e-5), "relu")
+        for h in (x, made):
+            forward(h, weight, stride, padding, residual=y)
         forward(made, weight, stride, padding)
 
 

@@ -323,7 +323,8 @@ def test_bad_input_is_named(inputs, message):
 
 def test_launches(generator):
     """Three launches forward, three backward (two with constant statistics), for every kind; then
-    the sums of two gradients. Thousands of partials are folded first."""
+    the sums of two gradients; the pass that adds what comes past the norm. Thousands of partials are
+    folded first."""
     from kernels.bn_act import _launch
 
     x = torch.empty(SPEC.shapes[0], device="meta", dtype=torch.bfloat16)
@@ -333,7 +334,8 @@ def test_launches(generator):
     statistics = ["_stats_kernel", "_merge_kernel"]
     training = ["_sums_kernel", "_coefficients_kernel", "_apply_kernel"]
     kind = ["_forward_kernel", *training, *training[:2], "_sums_kernel"]
-    assert names == 2 * statistics + 3 * kind + ["_fold_kernel", "_coefficients_kernel"]
+    more = ["_apply_kernel"] * 2
+    assert names == 2 * statistics + 3 * kind + more + ["_fold_kernel", "_coefficients_kernel"]
     wide = ("_stats_kernel", "_forward_kernel", "_sums_kernel", "_apply_kernel")
     assert all(x.grid[0] >= 132 for x in recording.launches if x.kernel.__name__ in wide)
 

@@ -11,7 +11,14 @@ from kernels.bn_passes import apply, forward
 from kernels.bn_stats import FOLD_ABOVE, Tile, statistics
 from kernels.bn_sums import coefficients, frozen, kind_of, sums
 from kernels.launch import INTERPRET, record
-from tests.helpers import DEVICE, as_float64, assert_two_errors, fresh, outputs_and_gradients
+from tests.helpers import (
+    DEVICE,
+    as_float64,
+    assert_relative_l2,
+    assert_two_errors,
+    fresh,
+    outputs_and_gradients,
+)
 from tests.offsets import only_the_ends, zeros_but
 from tests.test_bn_act import KINDS, draw_inputs, flat, reference
 
@@ -60,6 +67,21 @@ def test_a_second_gradient(kind, act, dtype, generator):
     for name, value in truth.items():
         atol = max(1e-6, torch.finfo(dtype).eps / 8)
         assert_two_errors(ours[name], eager[name], value, name, atol)
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_reaches_x_past_the_norm(act, dtype, generator):
+    """x is normalised and added elsewhere as well, as in blocks with pre-activation: the second
+    pass adds that gradient before it rounds."""
+    inputs = draw_inputs("none", (3, 21, 5, 7), dtype, generator)
+    x, norm = inputs["x"].detach(), norms_of(inputs)[0]
+    dy, more = (torch.randn(x.shape, generator=generator).to(dtype) for _ in range(2))
+    truth = outputs_and_gradients(flat(reference), as_float64(inputs) | {"act": act}, dy.double())
+    _, partials = sums(dy.to(DEVICE), x, norm, act)
+    _, found = coefficients(partials, x.numel() // x.shape[1], norm)
+    dx, _ = apply(dy.to(DEVICE), x, norm, found, act=act, more=more.to(DEVICE))
+    assert_relative_l2(dx, truth["dx"] + more.double())
 
 
 def test_dz_is_written_where_it_is_a_result(generator):

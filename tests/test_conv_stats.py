@@ -311,3 +311,20 @@ def test_prologue_is_the_stored_activation(act, dtype, generator):
             forward(Normed(x, norm, act), weight, *steps), expected, strict=True
         ):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_is_added_before_the_statistics(dtype, generator):
+    """Rounded once, and the statistics are those of the sum, with a prologue too."""
+    for shape in (CONV_SHAPES[3], CONV_SHAPES[4], CONV_SHAPES[7]):
+        inputs = SPEC.make_inputs(shape, dtype, DEVICE, generator)
+        x, weight = inputs["x"].detach(), inputs["weight"].detach()
+        steps = (inputs["stride"], inputs["padding"])
+        norm = Norm(*(torch.rand(4, x.shape[1], generator=generator) + 0.5).to(DEVICE), EPS)
+        stored = bn_passes.forward(x, norm, None, None, "relu")[0]
+        for h, read in ((x, x), (Normed(x, norm, "relu"), stored)):
+            exact = F.conv2d(read.double(), weight.double(), None, *steps)
+            residual = torch.randn(exact.shape, generator=generator).to(DEVICE, dtype)
+            y, statistics = forward(h, weight, *steps, residual=residual)
+            assert_relative_l2(y, exact + residual.double())
+            assert_statistics(y, *statistics)
