@@ -27,6 +27,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=["kernels", "models", "train", "train.data", "profiling"],
+    package_data={"kernels": ["selected/*.json"]},  # plans chosen on GPUs the project has measured
     python_requires=">=3.11,<3.15",
     install_requires=[
         "torch>=2.11",

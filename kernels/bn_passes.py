@@ -95,7 +95,9 @@ def _apply_kernel(
     _store_gradient(dx_ptr + first, coefficients_ptr, dz, x - mean, more, offsets, inside, cols, c)
     if RESIDUAL == "norm":
         r_coefficients = coefficients_ptr + 3 * c
-        _store_gradient(dr_ptr + first, r_coefficients, dz, r - r_mean, 0.0, offsets, inside, cols, c)
+        _store_gradient(
+            dr_ptr + first, r_coefficients, dz, r - r_mean, 0.0, offsets, inside, cols, c
+        )
 
 
 def empty_outputs(x: torch.Tensor, kind: str, act: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,9 +28,11 @@ class Key:
 
     def same_site(self, other: "Key") -> bool:
         """Whether `other` is the same question on the same kind of GPU, versions aside."""
-        return self._site() == other._site()
+        return self.site == other.site
 
-    def _site(self) -> tuple[str, str, str, int]:
+    @property
+    def site(self) -> tuple[str, str, str, int]:
+        """The question without the versions."""
         return self.what, self.dtype, self.gpu, self.multiprocessors
 
 

@@ -4,8 +4,8 @@
     prologue   x = act(norm(x')) of the unit before, made on load (`conv_prologue`); launcher only
     epilogue   y = conv(x) + residual, rounded once, where the BatchNorm comes after an addition, as
                in blocks with pre-activation; launcher only
-    backward   dx, dW by ATen (cuDNN); bn_act's backward holds the training formula, so mean and var
-               take no gradient
+    backward   dx, dW by ATen (cuDNN), dW by conv_wgrad where that is asked for; bn_act's backward
+               holds the training formula, so mean and var take no gradient
 
 Traffic: x, W and y once each; the statistics save the pass over y that BatchNorm makes for them
 (N*P*Q*K elements). They are those of the rounded y: each tile writes the mean of its rows and the
@@ -31,6 +31,7 @@ from kernels.conv_gemm import (
     prepared,
 )
 from kernels.conv_prologue import Normed, stored_h
+from kernels.conv_wgrad import conv_wgrad
 from kernels.launch import cdiv, nhwc, runs_triton
 from kernels.spec import Cost, KernelSpec, Shape
 
@@ -56,9 +57,9 @@ def forward(
     *,
     residual: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch y = conv(h) [+ residual] and the merge of its statistics, h [N, C, H, W] stored or made
-    on load, residual [N, K, P, Q] of its dtype; returns y and float32 [2, K]: means, then biased
-    variances (zeros for an empty batch)."""
+    """Launch y = conv(h) [+ residual] and the merge of its statistics, h [N, C, H, W] stored or
+    made on load, residual [N, K, P, Q] of its dtype; returns y and float32 [2, K]: means, then
+    biased variances (zeros for an empty batch)."""
     x = stored_h(h)
     y = empty_output(x, weight, stride, padding)
     k, rows = y.shape[1], y.numel() // y.shape[1]
@@ -73,7 +74,7 @@ def forward(
 
 @torch.library.custom_op("lapis::conv_stats", mutates_args=())
 def _op(
-    x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int
+    x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int, own_wgrad: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if runs_triton(x):
         return forward(x, weight, stride, padding)
@@ -82,34 +83,44 @@ def _op(
 
 
 @_op.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int):
+def _(x, weight, stride, padding, own_wgrad=False):
     y = empty_output(x, weight, stride, padding)
     return y, x.new_empty((2, y.shape[1]), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weight, ctx.stride, ctx.padding = inputs
+    x, weight, ctx.stride, ctx.padding, ctx.own_wgrad = inputs
     ctx.save_for_backward(x, weight)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, dy, _):
     x, weight = ctx.saved_tensors
-    steps, pads, mask = [ctx.stride] * 2, [ctx.padding] * 2, [*ctx.needs_input_grad[:2], False]
+    dy, steps, pads = nhwc(dy), [ctx.stride] * 2, [ctx.padding] * 2
+    wants_dx, wants_dw = ctx.needs_input_grad[:2]
+    mask = [wants_dx, wants_dw and not ctx.own_wgrad, False]
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        nhwc(dy), x, weight, None, steps, pads, [1, 1], False, [0, 0], 1, mask
+        dy, x, weight, None, steps, pads, [1, 1], False, [0, 0], 1, mask
     )
-    return dx, dw, None, None
+    if wants_dw and ctx.own_wgrad:
+        dw = conv_wgrad(dy, x, weight.shape[2:], stride=ctx.stride, padding=ctx.padding)
+        dw = dw.to(weight.dtype)
+    return dx, dw, None, None, None
 
 
 _op.register_autograd(_differentiate, setup_context=_save)
 
 
 def conv_stats(
-    x: torch.Tensor, weight: torch.Tensor, *, stride: int = 1, padding: int = 0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    own_wgrad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Convolve x [N, C, H, W] with weight [K, C, R, S], which is cast to x's dtype (both to
-    autocast's where it is on).
+    autocast's where it is on). own_wgrad: the gradient of weight by `conv_wgrad`.
 
     Returns y [N, K, P, Q] channels-last in that dtype, differentiable in x and weight, and the
     mean and biased variance per filter of the rounded y: float32 [K], without gradients, zeros
@@ -117,7 +128,7 @@ def conv_stats(
     not take: C neither a multiple of 8 nor up to 4, K no multiple of 8, groups, float64.
     """
     x, weight = prepared(x, weight, stride, padding)
-    y, statistics = _op(x, weight, stride, padding)
+    y, statistics = _op(x, weight, stride, padding, own_wgrad)
     return y, statistics[0], statistics[1]
 
 

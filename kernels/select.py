@@ -2,6 +2,7 @@
 
     python -m kernels.select --show [--json]    every remembered choice with its rivals' times
     python -m kernels.select --clear            forget the user's choices
+    python -m kernels.select --ship             write those for this GPU into the checkout's table
 
 A candidate counts only when its numbers hold for the very configuration that is asked for; one that
 raises, runs out of memory, does not compile or cannot be captured in a CUDA graph is refused with
@@ -230,13 +231,39 @@ def main(arguments: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--show", action="store_true", help="print every choice and its rivals")
     action.add_argument("--clear", action="store_true", help="remove the user's choices")
+    action.add_argument(
+        "--ship", action="store_true", help="write this GPU's choices into kernels/selected"
+    )
     parser.add_argument("--json", action="store_true", help="with --show: as JSON")
     options = parser.parse_args(arguments)
     if options.json and not options.show:
         parser.error("--json goes with --show")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     store = user_store(cache_dir())
+    if options.ship:
+        return _ship(store)
     return _clear(store) if options.clear else _show(store, options.json)
+
+
+def _ship(store: Store) -> int:
+    if not torch.cuda.is_available():
+        print("error: there is no CUDA device here whose choices could be shipped", file=sys.stderr)
+        return 2
+    gpu = torch.cuda.get_device_name()
+    try:
+        path, count = store.ship(gpu)
+    except LookupError:
+        print(
+            f"error: {store.path} has no choices for {gpu}: measure first, with "
+            'python -m profiling.speed or models.fuse(model, plan="measure")',
+            file=sys.stderr,
+        )
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"error: the table of {gpu} cannot be written: {error}", file=sys.stderr)
+        return 7
+    print(f"{path}: {count} choices for {gpu}, used by whoever installs this checkout")
+    return 0
 
 
 def _clear(store: Store) -> int:

@@ -4,14 +4,15 @@ The user's, `plans.json` in `cache_dir()`, is replaced whole (written beside it,
 under a lock file, so no reader meets half of it and two processes lose nothing. Windows has no such
 lock: there the later of two that write at once wins, and what is lost is measured again.
 
-`kernels/selected/*.json` are files of the same form for GPUs the project has measured: copies of a
-user's file that are only read. An entry there is valid for the versions and sources it names.
+`kernels/selected/*.json` are files of the same form for GPUs the project has measured, only read by
+others: `ship` writes them. An entry there is valid for the versions and sources it names.
 """
 
 import contextlib
 import functools
 import json
 import os
+import re
 import secrets
 import sys
 import warnings
@@ -104,6 +105,24 @@ class Store:
                     stacklevel=2,
                 )
             self._unwritable = True
+
+    def ship(self, gpu: str) -> tuple[Path, int]:
+        """Write the newest of the user's choices for every site on `gpu` into its shipped table, in
+        place of the table's own; returns the table and how many choices it holds.
+
+        Raises LookupError where the user's file has none for this GPU, OSError or ValueError where
+        the table cannot be written or, being damaged, read.
+        """
+        mine = [choice for choice in self.read().values() if choice.key.gpu == gpu]
+        if not mine:
+            raise LookupError(gpu)
+        name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+        path = self._shipped_folder / f"{name}.json"
+        known = list(_read(path).values()) if path.exists() else []
+        newest = {choice.key.site: choice for choice in [*known, *mine]}
+        path.parent.mkdir(exist_ok=True)
+        _write(path, list(newest.values()))
+        return path, len(newest)
 
     def read(self) -> dict[Key, Choice]:
         """The choices now in the user's file, oldest first; none if it cannot be used, which sets

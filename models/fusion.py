@@ -346,7 +346,7 @@ def _stem_work(network: nn.Module) -> str:
 
 def _become_unit(norm: nn.BatchNorm2d, act: str) -> None:
     norm.__class__ = BatchNormAct
-    norm.act, norm.backend = act, "eager"
+    norm.act, norm.backend, norm.plan, norm.chosen = act, "eager", "known", {}
 
 
 def _fuse_block(block: nn.Module) -> None:

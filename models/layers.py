@@ -3,7 +3,6 @@ its plan; any other block runs by itself, on the units it is made of."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from itertools import groupby
 
 import torch
@@ -31,11 +30,12 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         opened = type(layer) is nn.Sequential and not hooked(layer)
         blocks += layer if opened else [layer]
-    reasons, wanted = {}, x.requires_grad
+    kinds, wanted = {}, x.requires_grad
     for block in blocks:
         wanted = wanted or any(p.requires_grad for p in block.parameters())
-        reasons[block] = why_not_trunk(block, x) if wanted else UNASKED
-    for reason, group in groupby(blocks, reasons.get):
+        reason = why_not_trunk(block, x) if wanted else UNASKED
+        kinds[block] = (reason, reason is None and block.preact)
+    for (reason, _), group in groupby(blocks, kinds.get):
         if reason is None:
             x = run_trunk(list(group), x)
             continue
@@ -62,14 +62,15 @@ def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
         return "their forward is not the one that their chain describes"
     if not runs_triton(x):
         return f"the kernels do not run on {x.device}"
+    if block.downsample is not None and len(block.downsample) != (1 if block.preact else 2):
+        return "their shortcut is more than a convolution" + ("" if block.preact else " and a norm")
     pairs = pairs_of(block)
-    if any(len(pair) != 2 for pair in pairs):
-        return "their shortcut is more than a convolution and a norm"
-    if not all(norm._uses_batch_statistics() for _, norm in pairs):
+    norms = [norm for _, norm in pairs if norm is not None]
+    if not all(norm._uses_batch_statistics() for norm in norms):
         return "a norm has frozen statistics"
-    if any(norm.weight is None for _, norm in pairs):
+    if any(norm.weight is None for norm in norms):
         return "a norm has no weight and bias"
-    if any(b.dtype != torch.float32 for _, norm in pairs for b in norm.buffers() if b.ndim):
+    if any(b.dtype != torch.float32 for norm in norms for b in norm.buffers() if b.ndim):
         return "their running statistics are not in float32"
     if any(hooked(module) for module in block.modules()):
         return "a hook watches them"
@@ -87,9 +88,12 @@ def _replaced(block: TrunkBlock) -> bool:
     return "forward" in vars(block) or type(block).forward is not owner.forward
 
 
-def pairs_of(block: nn.Module) -> list[Sequence[nn.Module]]:
-    """Convolution and norm of every part of a block, the shortcut's last."""
-    return [*block.chain(), *([block.downsample] if block.downsample is not None else [])]
+def pairs_of(block: TrunkBlock) -> list[tuple[nn.Conv2d, BatchNormAct | None]]:
+    """Convolution and norm, if there is one, of every part of a block, the shortcut's last."""
+    if block.downsample is None:
+        return list(block.chain())
+    conv, *norms = block.downsample
+    return [*block.chain(), (conv, *norms) if norms else (conv, None)]
 
 
 def run_trunk(blocks: Sequence[TrunkBlock], x: Tensor) -> Tensor:
@@ -100,11 +104,11 @@ def run_trunk(blocks: Sequence[TrunkBlock], x: Tensor) -> Tensor:
     with torch.no_grad():
         weights = iter(trunk.cast(masters, [x.dtype] * len(masters)))
     described = _planned(blocks, [describe(block, weights) for block in blocks], x)
-    parameters = [
-        tensor for conv, norm in pairs for tensor in (conv.weight, norm.weight, norm.bias)
-    ]
+    parameters = []
+    for conv, norm in pairs:
+        parameters += [conv.weight] if norm is None else [conv.weight, norm.weight, norm.bias]
     y, found, counts = trunk.run(described, x, parameters)
-    _track_together([norm for _, norm in pairs], found, counts)
+    _track_together([norm for _, norm in pairs if norm is not None], found, counts)
     return y
 
 
@@ -134,8 +138,7 @@ def _planned(
 ) -> list[trunk.Block]:
     """The blocks on their plans: each the one that its `plan` names, or that is found for it with
     the largest batch of a size; a smaller last batch does not choose anew."""
-    n, *size = x.shape
-    key = f"{'x'.join(map(str, size))} {str(x.dtype).removeprefix('torch.')} {_card(x.device)}"
+    n, key = len(x), plans.settled_key(x.shape, x.dtype, x.device)
     if not all(n <= block.chosen.get(key, (0,))[0] for block in blocks):
         sites, shape = [], tuple(x.shape)
         for block in described:
@@ -153,32 +156,30 @@ def _planned(
     ]
 
 
-@cache
-def _card(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def describe(block: TrunkBlock, weights: Iterator[Tensor]) -> trunk.Block:
     """The block as the trunk sees it, with the next of the `weights` for each convolution, on the
     baseline's plan."""
-    convs = tuple(
-        trunk.Conv(next(weights), norm.weight, norm.bias, conv.stride[0], conv.padding[0], norm.eps)
-        for conv, norm in pairs_of(block)
-    )
-    acts = tuple(norm.act for _, norm in block.chain())
+    convs = []
+    for conv, norm in pairs_of(block):
+        affine = (None, None) if norm is None else (norm.weight, norm.bias)
+        eps = 0.0 if norm is None else norm.eps
+        convs.append(trunk.Conv(next(weights), *affine, conv.stride[0], conv.padding[0], eps))
+    acts = tuple(None if norm is None else norm.act for _, norm in block.chain())
+    chained = tuple(convs[: len(acts)])
     shortcut = convs[-1] if block.downsample is not None else None
     plan = trunk.PLANS[plans.BASELINE]
-    return trunk.Block(plan, convs[: len(acts)], acts, shortcut, block.adds)
+    return trunk.Block(plan, chained, acts, shortcut, block.adds, block.preact)
 
 
 Chosen = dict[str, dict[str, tuple[int, str]]]
 
 
 def chosen_plans(model: nn.Module) -> Chosen:
-    """The plans that training has settled on: of every block by name, for each size and type of the
-    trunk's input and each GPU the largest batch and the plan."""
-    blocks = ((name, m) for name, m in model.named_modules() if isinstance(m, TrunkBlock))
-    return {name: dict(block.chosen) for name, block in blocks if getattr(block, "chosen", None)}
+    """The plans that have been settled on: of every block, and of every norm beside a convolution
+    that runs by itself, by name; for each size and type of the input and each GPU the largest batch
+    and the plan."""
+    parts = ((name, getattr(part, "chosen", None)) for name, part in model.named_modules())
+    return {name: dict(chosen) for name, chosen in parts if chosen}
 
 
 def restore_plans(model: nn.Module, plans: Chosen) -> None:

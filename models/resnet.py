@@ -3,6 +3,9 @@
 Topology of the course report and of He et al. (2015): 7x7/2 stem of 64 channels, BatchNorm, ReLU,
 3x3/2 max-pool; four stages, stride 2 in the first block of stages 2-4; global average pool; a fully
 connected layer. Parameter names are torchvision's.
+
+With pre-activation (He et al. 2016) the stem's norm and activation are those of the first block,
+before it forks, and the last sum is normalised (`norm`) and activated before it is pooled.
 """
 
 from functools import partial
@@ -10,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from models.blocks import BasicBlock, PlainBlock
+from models.blocks import BasicBlock, PlainBlock, PreActBlock
 from models.layers import run_layers
-from models.units import BatchNormAct, set_backend, stem
+from models.units import BatchNormAct, TrunkBlock, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -23,7 +26,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[PlainBlock],
+        block: type[TrunkBlock],
         depths: tuple[int, ...],
         widths: tuple[int, ...] = (64, 128, 256, 512),
         num_classes: int = 5,
@@ -46,6 +49,10 @@ class ResNet(nn.Module):
                 blocks.append(block(c_in, c_out, 2 if number > 1 and index == 0 else 1, act))
                 c_in = c_out
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.norm = None
+        if block.preact:
+            self.layer1[0].bn1 = None  # the stem's
+            self.norm = BatchNormAct(c_in, act)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c_in, num_classes)
@@ -56,6 +63,8 @@ class ResNet(nn.Module):
         else:
             x = stem(self.conv1, self.bn1, self.maxpool, x)
         x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
+        if self.norm is not None:
+            x = self.norm(x)
         return self.fc(self.dropout(self.avgpool(x).flatten(1)))
 
 
@@ -78,6 +87,7 @@ def build_model(
     stem: str = "imagenet",
     dropout: float = 0.0,
     init: str = "kaiming",
+    preact: bool = False,
     zero_init_residual: bool = False,
     backend: str = "eager",
 ) -> ResNet:
@@ -85,8 +95,10 @@ def build_model(
 
     act: activation of every block. stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3/1, for
     pictures under about 64 pixels). dropout: before the fully connected layer. init: see
-    `initialise`. zero_init_residual: the last BatchNorm of each residual block starts at 0, so
-    that blocks start as identities (Goyal et al. 2017). backend: eager, compile or triton.
+    `initialise`. preact: norm and activation before each convolution (He et al. 2016).
+    zero_init_residual: the last BatchNorm of each residual block starts at 0, so that blocks start
+    as identities (Goyal et al. 2017); with preact, where no norm is last, the last convolution.
+    backend: eager, compile or triton.
 
     Raises ValueError for an unknown name or a combination that means nothing.
     """
@@ -97,14 +109,17 @@ def build_model(
     ):
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
-    model = MODELS[name](num_classes=num_classes, act=act, stem=stem, dropout=dropout)
+    make, block = MODELS[name], MODELS[name].args[0]
+    for flag, asked in (("--preact", preact), ("--zero-init-residual", zero_init_residual)):
+        if asked and not block.adds:
+            raise ValueError(f"{name} has no residual blocks: leave out {flag}")
+    if preact:
+        make = partial(make.func, PreActBlock, *make.args[1:])
+    model = make(num_classes=num_classes, act=act, stem=stem, dropout=dropout)
     initialise(model, init)
     if zero_init_residual:
-        residual_blocks = [m for m in model.modules() if isinstance(m, BasicBlock)]
-        if not residual_blocks:
-            raise ValueError(f"{name} has no residual blocks: leave out --zero-init-residual")
-        for block in residual_blocks:
-            nn.init.zeros_(block.bn2.weight)
+        for block in (m for m in model.modules() if isinstance(m, TrunkBlock)):
+            nn.init.zeros_((block.conv2 if preact else block.bn2).weight)
     return set_backend(model, backend)
 
 

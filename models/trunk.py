@@ -13,98 +13,71 @@ fork is what reaches the block's input over the shortcut: the block's own dz, or
 of the shortcut's convolution. Since a block ends with dz_before and its sums, one function spans
 all blocks: what a block's first convolution hands back is masked and summed for the block before.
 
-A plan says who does what; it is data. What is saved for the backward follows from it: the block's
-input, the raw output of every convolution, one bit an element where an identity was added, and,
-unless a prologue makes them again, the activations between the convolutions. Nothing twice.
+With pre-activation a unit is  z = norm(x),  h = act(z),  x' = conv(h), and what blocks hand on is
+raw: the last x' plus the shortcut, the block's input x or conv_r of its first h. The convolution
+that makes this sum delivers the statistics for the next block's first norm. The equations are those
+above, the last line in the norm's own block, and the gradient ds of the sum comes past it:
+
+    dx = A*dz + B*(x - mean) + C [+ ds]                 fork is conv_r's data gradient, or nothing
+
+A plan says who does what; it is data (`launches`). What is saved for the backward follows from it:
+the block's input, the raw output of every convolution, one bit an element where an identity was
+added to a norm's output, and, unless a prologue makes them again, the activations that convolutions
+read. Nothing twice.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import bn_passes, bn_stats, bn_sums
+from kernels import bn_passes
 from kernels.bn_checks import Norm
-from kernels.conv_dgrad import Before, data_gradient
-from kernels.conv_prologue import Gradient, Normed, stored_h
-from kernels.conv_stats import forward as convolve_with_statistics
-from kernels.conv_wgrad import weight_gradient
+from kernels.conv_dgrad import Before
+from kernels.conv_prologue import Normed
 from kernels.launch import nhwc
+from models.launches import (
+    PLANS,
+    Arriving,
+    Conv,
+    Plan,
+    activated,
+    arrive,
+    convolve,
+    grad_input,
+    grad_weight,
+    norm_backward,
+    norm_of,
+    sum_backward,
+)
 
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who computes the convolutions of a block: the library (cuDNN), followed by our passes over
-    memory, or our kernels, which do the work of those passes in their epilogues.
-
-    forward: ours delivers the statistics. dgrad: ours adds the fork, takes act' and sums. wgrad:
-    ours writes float32. prologue: ours also apply norm and activation, and BatchNorm's backward,
-    while they load; needs all three.
-    """
-
-    name: str
-    forward: bool = False
-    dgrad: bool = False
-    wgrad: bool = False
-    prologue: bool = False
-
-
-PLANS = {
-    plan.name: plan
-    for plan in (
-        Plan("P1"),
-        Plan("P1+statistics", forward=True),
-        Plan("P3", forward=True, dgrad=True, wgrad=True),
-        Plan("P3-wgrad", forward=True, dgrad=True),
-        Plan("P4", forward=True, dgrad=True, wgrad=True, prologue=True),
-    )
-}
-
-
-class Conv(NamedTuple):
-    """A convolution without bias and the BatchNorm after it: weight [K, C, R, S] in the type of the
-    activations, gamma and beta [K]."""
-
-    weight: Tensor
-    gamma: Tensor
-    beta: Tensor
-    stride: int
-    padding: int
-    eps: float
+__all__ = ["PLANS", "Block", "Conv", "Plan", "cast", "run"]
 
 
 class Block(NamedTuple):
     """convs with their acts, one after another; `shortcut` is the convolution of the residual,
-    `adds` whether there is a residual at all."""
+    `adds` whether there is a residual at all. preact: norm and act come before each convolution,
+    neither before one whose act is None; the shortcut has no norm."""
 
     plan: Plan
     convs: tuple[Conv, ...]
-    acts: tuple[str, ...]
+    acts: tuple[str | None, ...]
     shortcut: Conv | None
     adds: bool
+    preact: bool = False
 
 
 class Unit(NamedTuple):
     """What the backward needs of one unit: h, what its convolution read (stored, or made on load),
     and how it went on from there: the raw x, the norm over the batch's statistics and act; at the
-    end of a block also the residual, or the mask where that says enough."""
+    end of a block also the residual, or the mask where that says enough. With pre-activation how h
+    was made, None where it is the block's input."""
 
     h: Tensor | Normed
-    made: Before
-
-
-class Arriving(NamedTuple):
-    """The gradient that reaches a unit: of z, where `act` is identity, else of act(z), with act'
-    still to be taken; and the partial sums of dz."""
-
-    gradient: Tensor
-    act: str
-    partials: Tensor
+    made: Before | None
 
 
 def forward_block(block: Block, h: Tensor) -> tuple[Tensor, list[Unit]]:
@@ -113,7 +86,7 @@ def forward_block(block: Block, h: Tensor) -> tuple[Tensor, list[Unit]]:
     for conv, act in zip(block.convs[:-1], block.acts[:-1], strict=True):
         x, norm = _convolve(block.plan, given, conv)
         units.append(Unit(given, Before(x, norm, act)))
-        given = Normed(x, norm, act) if block.plan.prologue else _activate(x, norm, act)
+        given = activated(block.plan, x, norm, act)
     x, norm = _convolve(block.plan, given, block.convs[-1])
     r, r_norm, act = (h if block.adds else None), None, block.acts[-1]
     if block.shortcut is not None:
@@ -127,27 +100,8 @@ def forward_block(block: Block, h: Tensor) -> tuple[Tensor, list[Unit]]:
 
 
 def _convolve(plan: Plan, h: Tensor | Normed, conv: Conv) -> tuple[Tensor, Norm]:
-    """The raw convolution and its BatchNorm over the batch's statistics."""
-    if plan.forward:
-        x, statistics = convolve_with_statistics(h, conv.weight, conv.stride, conv.padding)
-    else:
-        x = aten.convolution(h, conv.weight, None, *_geometry(conv))
-        statistics = bn_stats.statistics(x)[:, 0]
-    if x.numel() == x.shape[1]:
-        raise ValueError(
-            f"batch statistics need more than one value per channel, got {tuple(x.shape)}; "
-            "use larger batches or pictures"
-        )
-    return x, Norm(conv.gamma, conv.beta, statistics[0], statistics[1], conv.eps)
-
-
-def _activate(x: Tensor, norm: Norm, act: str) -> Tensor:
-    return bn_passes.forward(x, norm, None, None, act)[0]
-
-
-def _geometry(conv: Conv) -> tuple:
-    # stride, padding, dilation, transposed, output padding, groups
-    return [conv.stride] * 2, [conv.padding] * 2, [1, 1], False, [0, 0], 1
+    x, statistics = convolve(plan, h, conv)
+    return x, norm_of(x, conv, statistics)
 
 
 def backward_block(
@@ -168,71 +122,68 @@ def backward_block(
     fork = dz if block.adds else None
     for index in reversed(range(len(units))):
         (h, made), conv = units[index], block.convs[index]
-        dx, dr, dnorm = _norm_backward(plan, arriving, made)
+        dx, dr, dnorm = norm_backward(plan, arriving, made)
         if dr is not None:
-            fork = _data_gradient(plan, dr, block.shortcut, first, None) if wanted else None
-            parameters += [_weight_gradient(plan, dr, first, block.shortcut), *dnorm[2:]]
-        parameters = [_weight_gradient(plan, dx, h, conv), *dnorm[:2], *parameters]
+            fork = grad_input(plan, dr, block.shortcut, first, None) if wanted else None
+            parameters += [grad_weight(plan, dr, first, block.shortcut), *dnorm[2:]]
+        parameters = [grad_weight(plan, dx, h, conv), *dnorm[:2], *parameters]
         if index:
-            arriving = _data_gradient(plan, dx, conv, h, units[index - 1].made)
+            arriving = grad_input(plan, dx, conv, h, units[index - 1].made)
     if not wanted:
         return None, parameters
-    return _data_gradient(plan, dx, block.convs[0], first, before, fork), parameters
+    return grad_input(plan, dx, block.convs[0], first, before, fork), parameters
 
 
-def _norm_backward(
-    plan: Plan, arriving: Arriving, made: Before
-) -> tuple[Tensor | Gradient, Tensor | Gradient | None, Tensor]:
-    """dx and, of a shortcut with a norm, dr, stored or to be made on load; and [2, K] dgamma and
-    dbeta, [4, K] with the shortcut's below."""
-    x, norm, r_norm = made.x, made.norm, made.r_norm
-    dnorm, found = bn_sums.coefficients(arriving.partials, x.numel() // x.shape[1], norm, r_norm)
-    if plan.prologue and arriving.act == "identity":
-        dx, dr = Gradient(arriving.gradient, x, norm.mean, found[:3]), None
-        if r_norm is not None:
-            dr = Gradient(arriving.gradient, made.residual, r_norm.mean, found[3:])
-        return dx, dr, dnorm
-    r = None if r_norm is None else made.residual
-    dx, dr = bn_passes.apply(arriving.gradient, x, norm, found, r, r_norm, arriving.act)
-    return dx, dr, dnorm
+def forward_preact(
+    block: Block, x: Tensor, statistics: Tensor | None
+) -> tuple[Tensor, Tensor | None, list[Unit]]:
+    """The launches of one block with pre-activation: the raw x [N, C, H, W], with its statistics
+    where they were delivered -> the raw sum, likewise, and what the backward needs."""
+    plan, units, residual = block.plan, [], x
+    for index, (conv, act) in enumerate(zip(block.convs, block.acts, strict=True)):
+        h, made = x, None
+        if act is not None:
+            made = Before(x, norm_of(x, conv, statistics), act)
+            h = activated(plan, x, made.norm, act)
+        units.append(Unit(h, made))
+        if index == 0 and block.shortcut is not None:
+            residual, _ = convolve(plan, h, block.shortcut)
+        last = conv is block.convs[-1]
+        x, statistics = convolve(plan, h, conv, residual if last else None)
+    return x, statistics, units
 
 
-def _weight_gradient(plan: Plan, dx: Tensor | Gradient, h: Tensor | Normed, conv: Conv) -> Tensor:
-    """dW, in float32 from our kernel and in the weight's type from the library."""
-    if plan.wgrad:
-        return weight_gradient(dx, h, conv.weight.shape[2:], conv.stride, conv.padding)
-    only = [False, True, False]
-    return aten.convolution_backward(dx, h, conv.weight, None, *_geometry(conv), only)[1]
+def backward_preact(
+    block: Block, units: list[Unit], ds: Tensor, wanted: bool = True
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The launches of one such block's backward, given the gradient of its raw sum.
 
-
-def _data_gradient(
-    plan: Plan,
-    dx: Tensor | Gradient,
-    conv: Conv,
-    h: Tensor | Normed,
-    before: Before | None,
-    fork: Tensor | None = None,
-) -> Arriving | Tensor:
-    """What reaches the unit before the convolution, with the fork; where there is no such unit the
-    gradient of h."""
-    if plan.dgrad:
-        size = stored_h(h).shape[2:]
-        dh, partials = data_gradient(
-            dx, conv.weight, size, conv.stride, conv.padding, fork=fork, before=before
-        )
-        return dh if before is None else Arriving(dh, "identity", partials)
-    only = [True, False, False]
-    dh = aten.convolution_backward(dx, h, conv.weight, None, *_geometry(conv), only)[0]
-    if before is None:
-        return dh if fork is None else dh + fork
-    return arrive(dh, before, fork)
-
-
-def arrive(dy: Tensor, made: Before, fork: Tensor | None = None) -> Arriving:
-    """Launch the sums of what reaches act(z): dy and a second gradient, `fork`."""
-    x, norm, act, residual, r_norm, mask = made
-    dz, partials = bn_sums.sums(dy, x, norm, act, residual, r_norm, mask, fork)
-    return Arriving(dy, act, partials) if dz is None else Arriving(dz, "identity", partials)
+    Returns the gradient of the block's raw input, or None where that is not `wanted`; and dW with,
+    where there is a norm, dgamma and dbeta of every convolution in order, the shortcut's dW last.
+    """
+    plan, (first, made), shortcut = block.plan, units[0], block.shortcut
+    parameters: list[Tensor] = []
+    fork, past = None, ds
+    if shortcut is not None:
+        parameters = [grad_weight(plan, ds, first, shortcut)]
+        needed = wanted or made is not None
+        fork, past = grad_input(plan, ds, shortcut, first, None) if needed else None, None
+    dx = ds
+    for index in reversed(range(len(units))):
+        (h, made), conv = units[index], block.convs[index]
+        own = [grad_weight(plan, dx, h, conv)]
+        if made is None:
+            straight = past if shortcut is None else fork
+            dx = grad_input(plan, dx, conv, h, None, straight) if wanted else None
+        elif index:
+            dx, _, dnorm = norm_backward(plan, grad_input(plan, dx, conv, h, made), made)
+            own += dnorm
+        else:
+            arriving = grad_input(plan, dx, conv, h, made, fork)
+            dx, dnorm = sum_backward(arriving, made, past)
+            own += dnorm
+        parameters = own + parameters
+    return dx, parameters
 
 
 class _Trunk(torch.autograd.Function):
@@ -240,8 +191,12 @@ class _Trunk(torch.autograd.Function):
     def forward(ctx, blocks: Sequence[Block], saved: list[list[Unit]], h: Tensor, *parameters):
         h = nhwc(h)
         ctx.save_for_backward(h, *parameters)  # for the check that nobody writes into them
+        statistics = None
         for block in blocks:
-            h, units = forward_block(block, h)
+            if block.preact:
+                h, statistics, units = forward_preact(block, h, statistics)
+            else:
+                h, units = forward_block(block, h)
             saved.append(units)
         ctx.blocks, ctx.saved = blocks, saved
         ctx.kinds = [parameter.dtype for parameter in parameters]
@@ -257,12 +212,17 @@ class _Trunk(torch.autograd.Function):
                 'again, or use set_backend(model, "eager")'
             )
         ctx.saved = None
-        arriving = arrive(nhwc(dy), saved[-1][-1].made)
+        arriving = nhwc(dy)
+        if not ctx.blocks[-1].preact:
+            arriving = arrive(arriving, saved[-1][-1].made)
         for block in reversed(ctx.blocks):
             units = saved.pop()  # freed as soon as the block is done
-            before = saved[-1][-1].made if saved else None
             wanted = bool(saved) or ctx.needs_input_grad[2]
-            arriving, parameters = backward_block(block, units, arriving, before, wanted)
+            if block.preact:
+                arriving, parameters = backward_preact(block, units, arriving, wanted)
+            else:
+                before = saved[-1][-1].made if saved else None
+                arriving, parameters = backward_block(block, units, arriving, before, wanted)
             gradients = parameters + gradients
         return None, None, arriving, *cast(gradients, ctx.kinds)
 
@@ -282,9 +242,9 @@ def cast(tensors: list[Tensor], dtypes: list[torch.dtype]) -> list[Tensor]:
 def run(
     blocks: Sequence[Block], h: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, list[Norm], list[int]]:
-    """The blocks over h [N, C, H, W] in the type of their weights; gradients reach h and the
-    `parameters`: conv weight, gamma and beta of every convolution in order, a block's shortcut
-    last.
+    """The blocks, all of them with pre-activation or none, over h [N, C, H, W] in the type of their
+    weights; gradients reach h and the `parameters`: conv weight and, where there is a norm, gamma
+    and beta of every convolution in order, a block's shortcut last.
 
     Returns the output, and in the same order every norm with the batch's statistics and how many
     values a channel they are of. Raises ValueError where that is one: it has no variance.
@@ -292,10 +252,9 @@ def run(
     saved: list[list[Unit]] = []
     y = _Trunk.apply(blocks, saved, h, *parameters)
     found, counts = [], []
-    for units in saved:
-        last = units[-1].made
-        shortcuts = [] if last.r_norm is None else [last.r_norm]
-        found += [*(made.norm for _, made in units), *shortcuts]
-        sizes = [made.x.numel() // made.x.shape[1] for _, made in units]
-        counts += [*sizes, *sizes[-1:] * len(shortcuts)]
+    for _, made in chain.from_iterable(saved):
+        if made is not None:
+            norms = [made.norm] if made.r_norm is None else [made.norm, made.r_norm]
+            found += norms
+            counts += [made.x.numel() // made.x.shape[1]] * len(norms)
     return y, found, counts

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 import kernels
 from kernels.activation import REFERENCE
 from kernels.bn_stats import track
-from models import compiled, trunk
+from models import compiled, conv_plans, trunk
 
 
 def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Module:
     """Make every unit of `model` run on `backend` (eager, compile or triton); returns the model.
 
-    plan: how triton's blocks are trained: `known` takes what was measured before on this GPU and
-        what is shipped for it, `measure` measures what is not known, a name of `trunk.PLANS`
-        demands that plan.
+    plan: what triton's blocks are trained on, and single convolutions: `known` takes what was
+        measured before on this GPU and what is shipped for it, `measure` measures what is not
+        known, a name of `trunk.PLANS` demands that plan.
     """
     check_plan(plan)
     for module in model.modules():
         if isinstance(module, BatchNormAct):
             module.backend = backend
-        elif isinstance(module, TrunkBlock):
+        if isinstance(module, BatchNormAct | TrunkBlock):
             module.plan, module.chosen = plan, {}
     return model
 
@@ -51,9 +51,11 @@ class TrunkBlock(nn.Module):
     train it without calling its `forward`, which must say the same."""
 
     adds = False  # whether the input, or `downsample` of it, is added before the last activation
-    downsample: nn.Sequential | None  # a convolution and a norm
+    preact = False  # whether a norm comes before its convolution, and the sum stays raw
+    downsample: nn.Sequential | None  # a convolution and, without preact, a norm
 
-    chain: "Callable[[], tuple[tuple[nn.Conv2d, BatchNormAct], ...]]"  # what follows one another
+    # what follows one another; with preact there may be no norm before the first convolution
+    chain: "Callable[[], tuple[tuple[nn.Conv2d, BatchNormAct | None], ...]]"
 
 
 class BatchNormAct(nn.BatchNorm2d):
@@ -65,6 +67,7 @@ class BatchNormAct(nn.BatchNorm2d):
         super().__init__(num_features, **batch_norm_options)
         self.act = act
         self.backend = "eager"
+        self.plan, self.chosen = "known", {}
 
     def forward(
         self,
@@ -188,10 +191,11 @@ def conv_norm_act(
     """act(batch_norm(conv(x)) + downsample(residual)): x [N, C, H, W] -> [N, K, P, Q].
 
     downsample: ends in a `BatchNormAct`; without it the residual is added as it is. In training
-    its BatchNorm runs in the same pass as `norm`; without gradients each convolution is one kernel,
-    BatchNorm, addition and activation included.
+    its BatchNorm runs in the same pass as `norm`; without gradients a convolution is one kernel,
+    BatchNorm, addition and activation included, unless the library and a pass are known to be
+    faster.
     """
-    folds = _folds(conv, norm, x)
+    folds = _folds(conv, norm, x, residual is not None)
     shortcut_norm = None
     if downsample is not None:
         *layers, shortcut_norm = downsample
@@ -199,7 +203,8 @@ def conv_norm_act(
         for layer in layers[:-1]:
             residual = layer(residual)
         # a pass has one mode; one of the two may be frozen
-        if folds or norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics():
+        alone = norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics()
+        if folds or alone or _folds(last, shortcut_norm, residual, False):
             residual, shortcut_norm = conv_norm_act(last, shortcut_norm, residual), None
         else:
             residual = last(residual)
@@ -223,25 +228,30 @@ def conv_norm_act(
 def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Tensor:
     """pool(act(batch_norm(conv(x)))) for images x [N, C, H, W].
 
-    Where the kernels run, a convolution of images is ours: it delivers the batch statistics, and
-    with three input channels it is several times as fast as cuDNN's.
+    Where the kernels run, the convolution of images is ours, which delivers the batch statistics,
+    unless cuDNN's is known to be faster.
     """
     if norm._fuses(pool) and takes(conv, x) and conv.in_channels <= 4:
-        stride, padding = conv.stride[0], conv.padding[0]
-        y, *stats = kernels.conv_stats(x, conv.weight, stride=stride, padding=padding)
-        return norm.pooled(y, pool, tuple(stats))
+        learns = torch.is_grad_enabled() and conv.weight.requires_grad
+        use = "stem training" if learns else "stem inference"
+        plan = conv_plans.settled(use, conv, norm, x, compute_dtype(x), False)
+        if plan.forward:
+            stride, padding = conv.stride[0], conv.padding[0]
+            y, *stats = kernels.conv_stats(
+                x, conv.weight, stride=stride, padding=padding, own_wgrad=plan.wgrad
+            )
+            return norm.pooled(y, pool, tuple(stats))
     return norm.pooled(conv(x), pool)
 
 
-def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor) -> bool:
+def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor, has_residual: bool) -> bool:
     """Whether convolution and norm run as one kernel: it knows no gradient and no batch
-    statistics."""
-    return (
-        norm.backend == "triton"
-        and not torch.is_grad_enabled()
-        and not norm._uses_batch_statistics()
-        and takes(conv, x)
-    )
+    statistics, and it is not known to be slower."""
+    if norm.backend != "triton" or torch.is_grad_enabled() or norm._uses_batch_statistics():
+        return False
+    if not takes(conv, x):
+        return False
+    return conv_plans.settled("inference", conv, norm, x, compute_dtype(x), has_residual).forward
 
 
 def takes(conv: nn.Module, x: Tensor) -> bool:

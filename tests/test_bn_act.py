@@ -323,8 +323,8 @@ def test_bad_input_is_named(inputs, message):
 
 def test_launches(generator):
     """Three launches forward, three backward (two with constant statistics), for every kind; then
-    the sums of two gradients; the pass that adds what comes past the norm. Thousands of partials are
-    folded first."""
+    the sums of two gradients, and the pass that adds what comes past the norm. Thousands of
+    partials are folded first."""
     from kernels.bn_act import _launch
 
     x = torch.empty(SPEC.shapes[0], device="meta", dtype=torch.bfloat16)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 from models import (
@@ -15,6 +16,7 @@ from models import (
     set_backend,
     units,
 )
+from models.blocks import PreActBlock
 from models.units import BatchNormAct
 from tests.helpers import DEVICE, assert_two_errors
 
@@ -106,15 +108,90 @@ def test_initialisation():
     assert zeroed.layer1[0].bn1.weight.min() == 1
 
 
+def he_2016(state, x):
+    """Logits of a pre-activation network with these tensors, in plain functions (He et al. 2016,
+    section 3 and appendix): the first activation comes right after the stem's convolution, before
+    the first unit forks; the last sum has one of its own; 1x1 shortcuts read what is activated."""
+
+    def norm(name, x):
+        affine = (state[f"{name}.{part}"] for part in ("weight", "bias"))
+        return F.relu(F.batch_norm(x, None, None, *affine, training=True))
+
+    def conv(name, x, **steps):
+        return F.conv2d(x, state[f"{name}.weight"], **steps)
+
+    x = F.max_pool2d(norm("bn1", conv("conv1", x, stride=2, padding=3)), 3, 2, 1)
+    units = sorted({".".join(name.split(".")[:2]) for name in state if name.startswith("layer")})
+    for unit in units:
+        shrinks = unit.endswith(".0") and not unit.startswith("layer1")
+        h = x if unit == "layer1.0" else norm(f"{unit}.bn1", x)
+        shortcut = conv(f"{unit}.downsample.0", h, stride=2) if shrinks else x
+        h = conv(f"{unit}.conv1", h, stride=2 if shrinks else 1, padding=1)
+        x = conv(f"{unit}.conv2", norm(f"{unit}.bn2", h), padding=1) + shortcut
+    x = norm("norm", x).mean((2, 3))
+    return F.linear(x, state["fc.weight"], state["fc.bias"])
+
+
+def spread_norms(model):
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and "fc" not in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+
+
+def test_preactivation_is_that_of_the_paper():
+    model = build_model("resnet18", preact=True)
+    spread_norms(model)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(model(x), he_2016(dict(model.named_parameters()), x))
+    # no norm in the shortcuts and in the first block, one at the end, those of a block before its
+    # convolutions: 1,792 fewer
+    assert parameter_counts(build_model("resnet34", preact=True))[0] == 21_287_237 - 1_792
+
+
+@pytest.mark.parametrize(("c_in", "stride"), [(32, 1), (16, 2)])
+def test_preactivation_block_is_timms(c_in, stride):
+    resnetv2 = pytest.importorskip("timm.models.resnetv2")
+    layers = pytest.importorskip("timm.layers")
+    ours = PreActBlock(c_in, 32, stride, "relu")
+    spread_norms(ours)
+    theirs = resnetv2.PreActBasic(
+        c_in,
+        32,
+        stride=stride,
+        conv_layer=layers.create_conv2d,
+        norm_layer=layers.BatchNormAct2d,
+        proj_layer=resnetv2.DownsampleConv,
+    )
+    names = {"bn1": "norm1", "bn2": "norm2", "downsample.0": "downsample.conv"}
+    state = {}
+    for name, value in ours.state_dict().items():
+        part, _, last = name.rpartition(".")
+        state[f"{names.get(part, part)}.{last}"] = value
+    theirs.load_state_dict(state, strict=True)
+    x = torch.randn(2, c_in, 9, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_zero_init_residual_starts_preactivation_blocks_as_identities():
+    """No norm is last there: the convolution is."""
+    model = build_model("micro_resnet", preact=True, zero_init_residual=True)
+    block = model.layer1[0]
+    x = torch.randn(2, 16, 6, 6)
+    assert torch.equal(block(x), x)
+    assert block.bn2.weight.min() == 1
+
+
 def test_wrong_names_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="resnet34"):
         build_model("resnet35")
-    with pytest.raises(ValueError, match="no residual blocks"):
-        build_model("micro_plain", zero_init_residual=True)
+    for flag in ("zero_init_residual", "preact"):
+        with pytest.raises(ValueError, match=f"no residual blocks.*--{flag.replace('_', '-')}"):
+            build_model("micro_plain", **{flag: True})
 
 
-def test_no_graph_breaks():
-    model = build_model("micro_resnet")
+@pytest.mark.parametrize("preact", [False, True])
+def test_no_graph_breaks(preact):
+    model = build_model("micro_resnet", preact=preact)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 3, 32, 32)
     expected = copy.deepcopy(model)(x)
@@ -123,12 +200,14 @@ def test_no_graph_breaks():
 
 
 @pytest.mark.parametrize("backend", ["compile", "triton"])
-@pytest.mark.parametrize("name", ["micro_plain", "micro_resnet"])
+@pytest.mark.parametrize("name", ["micro_plain", "micro_resnet", "micro_resnet+preact"])
 def test_backends_train_alike(name, backend):
     """Step after step the losses, weights and running statistics stay those of eager."""
     device = DEVICE if backend == "triton" else CPU
     torch.manual_seed(0)
-    eager = build_model(name, 3).to(device, memory_format=torch.channels_last)
+    name, _, preact = name.partition("+")
+    eager = build_model(name, 3, preact=bool(preact))
+    eager = eager.to(device, memory_format=torch.channels_last)
     other = set_backend(copy.deepcopy(eager), backend)
     data = [
         (torch.randn(4, 3, 32, 32, device=device), torch.randint(0, 3, (4,), device=device))

@@ -12,7 +12,7 @@ from torchvision.models.resnet import Bottleneck
 
 from kernels.launch import record
 from models import build_model, fuse, set_backend, trunk, units
-from models.blocks import BasicBlock, PlainBlock
+from models.blocks import BasicBlock, PlainBlock, PreActBlock
 from models.layers import run_layers, run_trunk
 from tests.helpers import DEVICE, assert_two_errors
 
@@ -27,6 +27,14 @@ def bottleneck(c_in, c_out, stride, act):
         downsample = nn.Sequential(conv, nn.BatchNorm2d(c_out))
     block = Bottleneck(c_in, c_out // 4, stride, downsample)
     block.relu = {"relu": nn.ReLU, "silu": nn.SiLU}[act]()
+    return block
+
+
+def activated(c_in, c_out, stride, act):
+    """With pre-activation; where nothing changes, a first block: its input is activated already."""
+    block = PreActBlock(c_in, c_out, stride, act)
+    if c_in == c_out == 32:
+        block.bn1 = None
     return block
 
 
@@ -61,7 +69,7 @@ def outcome(run, model, x, dy):
 @pytest.mark.parametrize(
     ("dtype", "act"), [(torch.float32, "relu"), (torch.bfloat16, "silu")], ids=["float32", "bf16"]
 )
-@pytest.mark.parametrize("cls", [PlainBlock, BasicBlock, bottleneck])
+@pytest.mark.parametrize("cls", [PlainBlock, BasicBlock, bottleneck, PreActBlock, activated])
 def test_every_plan_matches_float64(cls, dtype, act, plan, generator):
     """In 16 bits without a mask: one that falls on the other side moves a small tensor by percents,
     by luck in ours or in eager's, and would hide what is wrong."""
@@ -111,11 +119,19 @@ def test_other_activations(plan, act, generator):
 
 @pytest.mark.parametrize(
     ("cls", "plan"),
-    [(PlainBlock, "P4"), (BasicBlock, "P1"), (BasicBlock, "P3"), (BasicBlock, "P4")],
+    [
+        (PlainBlock, "P4"),
+        (BasicBlock, "P1"),
+        (BasicBlock, "P3"),
+        (BasicBlock, "P4"),
+        (PreActBlock, "P1"),
+        (PreActBlock, "P3"),
+        (PreActBlock, "P4"),
+    ],
 )
 def test_twenty_steps_give_the_losses_of_eager(cls, plan):
     torch.manual_seed(0)
-    blocks = [cls(16, 16, 1, "relu"), cls(16, 16, 2, "relu")][-2 if cls is BasicBlock else -1 :]
+    blocks = [cls(16, 16, 1, "relu"), cls(16, 16, 2, "relu")][1 if cls is PlainBlock else 0 :]
     head = nn.Linear(16, 3).to(DEVICE)
     models = {
         "float32": nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE),
@@ -145,7 +161,8 @@ def test_twenty_steps_give_the_losses_of_eager(cls, plan):
 def recorded(name, plan, batch=32):
     """The launches of the trunk of a whole network, forward and backward, on meta tensors; and the
     bytes an image that are kept between the two."""
-    model = set_backend(build_model(name).to("meta"), "triton", plan)
+    name, _, preact = name.partition("+")
+    model = set_backend(build_model(name, preact=bool(preact)).to("meta"), "triton", plan)
     blocks = [block for number in range(1, 5) for block in getattr(model, f"layer{number}")]
     x = torch.empty(batch, 64, 56, 56, device="meta", dtype=torch.bfloat16, requires_grad=True)
     with record() as recording:
@@ -173,6 +190,8 @@ BOOKKEEPING = ("_merge_kernel", "_coefficients_kernel", "_fold_kernel", "_sum_ke
         ("resnet34", "P4", 122, 70),
         ("plain34", "P3", 161, 76),
         ("plain34", "P4", 114, 65),
+        ("resnet34+preact", "P3", 167, 79),
+        ("resnet34+preact", "P4", 120, 66),
     ],
 )
 def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes):
@@ -189,15 +208,25 @@ def test_launches_and_bytes_of_a_training_step(name, plan, launched, megabytes):
     assert moved / 256 <= megabytes * 1e6
 
 
-@pytest.mark.parametrize(("plan", "megabytes"), [("P1", 11.9), ("P3", 11.9), ("P4", 9.2)])
-def test_bytes_that_are_saved(plan, megabytes):
+@pytest.mark.parametrize(
+    ("name", "plan", "megabytes"),
+    [
+        ("resnet34", "P1", 11.9),
+        ("resnet34", "P3", 11.9),
+        ("resnet34", "P4", 9.2),
+        ("resnet34+preact", "P1", 11.4),
+        ("resnet34+preact", "P3", 11.4),
+        ("resnet34+preact", "P4", 5.9),
+    ],
+)
+def test_bytes_that_are_saved(name, plan, megabytes):
     """An image at 224 pixels, without the stem's 2.2 MB; eager keeps 16.9 with it."""
-    _, saved = recorded("resnet34", plan)
+    _, saved = recorded(name, plan)
     assert saved <= megabytes * 1e6
 
 
 def frozen(block):
-    block.bn1.eval()
+    block.bn2.eval()
 
 
 def hooked(block):
@@ -216,6 +245,12 @@ def longer_shortcut(block):
     conv = nn.Conv2d(16, 16, 1, bias=False)
     norm = set_backend(units.BatchNormAct(16, "identity"), "triton")
     block.downsample = nn.Sequential(nn.AvgPool2d(1), conv, norm)
+
+
+def normed_shortcut(block):
+    """Not one that pre-activation has."""
+    longer_shortcut(block)
+    del block.downsample[0]
 
 
 class Scaled(BasicBlock):
@@ -250,8 +285,24 @@ def narrow_statistics(block):
     ],
 )
 def test_a_block_that_the_trunk_does_not_know_runs_by_itself_and_says_so(change, reason):
+    runs_by_itself(BasicBlock, change, reason)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (frozen, "a norm has frozen statistics"),
+        (grouped, "do not take a convolution of theirs"),
+        (normed_shortcut, "their shortcut is more than a convolution$"),
+    ],
+)
+def test_so_does_one_with_preactivation(change, reason):
+    runs_by_itself(PreActBlock, change, reason)
+
+
+def runs_by_itself(cls, change, reason):
     torch.manual_seed(0)
-    model = on_plan([BasicBlock(16, 16, 1, "relu") for _ in range(3)], "P1")
+    model = on_plan([cls(16, 16, 1, "relu") for _ in range(3)], "P1")
     change(model[1])
     model = model.to(DEVICE)
     x = torch.randn(2, 16, 5, 5, device=DEVICE).bfloat16()
@@ -260,6 +311,15 @@ def test_a_block_that_the_trunk_does_not_know_runs_by_itself_and_says_so(change,
             y = run_layers([model], x)
         torch.testing.assert_close(y, model(x), rtol=3e-2, atol=3e-2)
     assert trunks(y) == 2
+
+
+def test_blocks_of_both_kinds_are_functions_of_their_own():
+    model = on_plan([BasicBlock(16, 16, 1, "relu"), PreActBlock(16, 16, 1, "relu")], "P3")
+    x = torch.randn(2, 16, 5, 5, device=DEVICE).bfloat16()
+    y = under_autocast(model, x)
+    assert trunks(y) == 2
+    eager = set_backend(copy.deepcopy(model), "eager")
+    torch.testing.assert_close(y, under_autocast(eager, x), rtol=3e-2, atol=3e-2)
 
 
 def under_autocast(model, x):

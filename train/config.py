@@ -31,8 +31,11 @@ class ModelConfig:
     """Dropout before the fully connected layer."""
     init: Literal["kaiming", "xavier", "zeros", "constant"] = "kaiming"
     """Initial weights; zeros and constant show why symmetric weights do not learn."""
+    preact: bool = False
+    """Residual blocks with pre-activation: norm and activation before each convolution."""
     zero_init_residual: bool = False
-    """Start residual blocks as identities: the last BatchNorm of each begins at 0."""
+    """Start residual blocks as identities: the last BatchNorm of each begins at 0, with --preact
+    the last convolution."""
 
 
 @dataclass(frozen=True)
@@ -233,11 +236,14 @@ def check(config: Config) -> None:
     _check_split(config.data)
     if optim.optimizer == "sgd" and optim.nesterov and not optim.momentum:
         raise UsageError("--nesterov needs --momentum above 0: add --momentum 0.9 or --no-nesterov")
-    if config.model.zero_init_residual and "plain" in config.model.model:
-        raise UsageError(
-            f"--zero-init-residual needs residual blocks, {config.model.model} has none: "
-            "leave it out"
-        )
+    for flag, asked in (
+        ("--preact", config.model.preact),
+        ("--zero-init-residual", config.model.zero_init_residual),
+    ):
+        if asked and "plain" in config.model.model:
+            raise UsageError(
+                f"{flag} needs residual blocks, {config.model.model} has none: leave it out"
+            )
 
 
 def _check_split(data: DataConfig) -> None:
