@@ -262,7 +262,7 @@ def _ship(store: Store) -> int:
     except (OSError, ValueError) as error:
         print(f"error: the table of {gpu} cannot be written: {error}", file=sys.stderr)
         return 7
-    print(f"{path}: {count} choices for {gpu}, used by whoever installs this checkout")
+    print(f"{path}: the choices for {gpu}, {count} in all")
     return 0
 
 

@@ -4,6 +4,7 @@ happens when files, folders, candidates or other processes misbehave."""
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -521,6 +522,54 @@ def test_a_damaged_shipped_table_is_named_and_left_alone(tmp_path):
     assert table.read_text() == "{"
 
 
+def test_ship_writes_the_newest_choice_for_every_site_of_one_gpu(store, tmp_path):
+    older, newer = replace(KEY, source="older"), replace(KEY, source="newer")
+    another, elsewhere = replace(KEY, what="conv [4, 4]"), replace(KEY, gpu="GPU B")
+    rivals = {"cudnn": SLOW, "ours": FAST}
+    for key, winner in ((older, "cudnn"), (another, "ours"), (newer, "ours"), (elsewhere, "ours")):
+        store.add(Choice(key, winner, "cudnn", rivals, ""))
+    assert store.ship("GPU A") == (tmp_path / "selected" / "gpu-a.json", 2)
+    (table,) = fresh(tmp_path).shipped.values()
+    assert {(one.key, one.winner) for one in table} == {(newer, "ours"), (another, "ours")}
+    store.path.unlink()
+    store.add(Choice(replace(KEY, source="newest"), "cudnn", "cudnn", rivals, ""))
+    assert store.ship("GPU A")[1] == 2  # the table's other choice stays
+    (table,) = fresh(tmp_path).shipped.values()
+    assert {one.key.what: one.winner for one in table} == {KEY.what: "cudnn", "conv [4, 4]": "ours"}
+
+
+def test_a_shipped_table_is_installed_and_found(store, tmp_path):
+    """From a user's plans.json over the checkout's table to a process that runs what is installed
+    and has no plans of its own."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "installed"
+    for package in ("kernels", "models", "train", "profiling"):
+        shutil.copytree(
+            ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    choose_one(job(), Script(cudnn=SLOW, ours=FAST), store)
+    table, _ = Store(store.path.parent, checkout / "kernels" / "selected").ship("GPU A")
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build", "--build-lib", str(installed)],
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+    )
+    assert (installed / "kernels/selected/gpu-a.json").read_bytes() == table.read_bytes()
+    show = subprocess.run(
+        [sys.executable, "-m", "kernels.select", "--show"],
+        cwd=installed,
+        env={**os.environ, "LAPIS_CACHE": str(tmp_path / "empty"), "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert show.stdout.startswith("conv [8, 4], float32, GPU A: ours (1.25x faster than cudnn)")
+    there = Store(tmp_path / "empty", installed / "kernels" / "selected")
+    assert choose_one(job(), never, there, deterministic=True).winner == "ours"
+
+
 def test_the_tables_shipped_with_this_checkout_are_sound(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -573,6 +622,23 @@ def test_show_without_choices_and_clear(users, capsys):
     choose_one(job(), Script(cudnn=SLOW, ours=FAST), users)
     assert main(["--clear"]) == 0
     assert not users.path.exists()
+
+
+def test_ship_as_a_command(users, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--ship"]) == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
+    assert main(["--ship"]) == 2
+    assert "has no choices for GPU A: measure first" in capsys.readouterr().err
+    users.add(Choice(KEY, "ours", "cudnn", {"cudnn": SLOW, "ours": FAST}, ""))
+    assert main(["--ship"]) == 0
+    table = tmp_path / "selected" / "gpu-a.json"
+    assert capsys.readouterr().out.startswith(f"{table}: the choices for GPU A, 1 in all")
+    table.write_text("{")
+    assert main(["--ship"]) == 7
+    assert "the table of GPU A cannot be written: it is damaged" in capsys.readouterr().err
 
 
 def test_the_command_runs_as_it_is_documented(tmp_path):
