@@ -100,6 +100,7 @@ def forward_block(block: Block, h: Tensor) -> tuple[Tensor, list[Unit]]:
 
 
 def _convolve(plan: Plan, h: Tensor | Normed, conv: Conv) -> tuple[Tensor, Norm]:
+    """The raw convolution and its BatchNorm over the batch's statistics."""
     x, statistics = convolve(plan, h, conv)
     return x, norm_of(x, conv, statistics)
 
@@ -166,8 +167,9 @@ def backward_preact(
     fork, past = None, ds
     if shortcut is not None:
         parameters = [grad_weight(plan, ds, first, shortcut)]
-        needed = wanted or made is not None
-        fork, past = grad_input(plan, ds, shortcut, first, None) if needed else None, None
+        past = None
+        if wanted or made is not None:
+            fork = grad_input(plan, ds, shortcut, first, None)
     dx = ds
     for index in reversed(range(len(units))):
         (h, made), conv = units[index], block.convs[index]

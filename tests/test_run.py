@@ -251,6 +251,7 @@ def test_synthetic_is_the_default_source(tmp_path):
         (["--clip-grad", "-1"], 2, "--clip-grad must be 0 or more"),
         (["--momentum", "0"], 2, "--no-nesterov"),
         (["--model", "micro_plain", "--zero-init-residual"], 2, "leave it out"),
+        (["--model", "micro_plain", "--preact"], 2, "--preact needs residual blocks"),
         (["--threads", "0"], 2, "--threads"),
         (["--split", "stratified"], 2, "--split stratified is no file: give grouped, random"),
         (["--split", __file__], 3, "needs one column filename"),
