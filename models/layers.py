@@ -178,8 +178,9 @@ def chosen_plans(model: nn.Module) -> Chosen:
     """The plans that have been settled on: of every block, and of every norm beside a convolution
     that runs by itself, by name; for each size and type of the input and each GPU the largest batch
     and the plan."""
-    parts = ((name, getattr(part, "chosen", None)) for name, part in model.named_modules())
-    return {name: dict(chosen) for name, chosen in parts if chosen}
+    kinds = TrunkBlock | BatchNormAct
+    parts = ((name, part) for name, part in model.named_modules() if isinstance(part, kinds))
+    return {name: dict(part.chosen) for name, part in parts if getattr(part, "chosen", None)}
 
 
 def restore_plans(model: nn.Module, plans: Chosen) -> None:

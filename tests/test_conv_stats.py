@@ -1,6 +1,8 @@
 """conv_stats against float64: product, statistics, gradients, op contracts, bad inputs."""
 
+import importlib
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from tests.helpers import (
 )
 
 EPS = 1e-5
+conv_stats_module = importlib.import_module("kernels.conv_stats")
 pytestmark = pytest.mark.usefixtures("poisoned", "exact_float32")
 
 
@@ -150,6 +153,22 @@ def test_stride_zero_gradient_and_only_what_is_needed(generator):
     assert torch.allclose(ours, inputs["weight"].grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [CONV_SHAPES[0], CONV_SHAPES[4]], ids=str)
+def test_our_own_weight_gradient(shape, generator, monkeypatch):
+    """For images too; the gradient of x stays ATen's."""
+    made, ours = [], conv_stats_module.conv_wgrad
+    monkeypatch.setattr(
+        conv_stats_module, "conv_wgrad", lambda *a, **o: made.append(ours(*a, **o)) or made[-1]
+    )
+    inputs = SPEC.make_inputs(shape, torch.float16, DEVICE, generator)
+    check_against_float64(
+        partial(conv_stats, own_wgrad=True), reference, inputs, generator, atol=1e-6
+    )
+    (dw,) = made
+    assert dw.dtype == torch.float32
+    assert dw.shape == inputs["weight"].shape
+
+
 def test_statistics_take_no_gradient(generator):
     inputs = SPEC.make_inputs((2, 8, 4, 4, 8, 1, 1, 0), torch.float32, DEVICE, generator)
     y, mean, var = conv_stats(**inputs)
@@ -209,6 +228,7 @@ def test_opcheck(generator):
     for shape in (CONV_SHAPES[0], CONV_SHAPES[4]):
         inputs = SPEC.make_inputs(shape, torch.float32, DEVICE, generator)
         torch.library.opcheck(_op, tuple(inputs.values()))
+    torch.library.opcheck(_op, (*inputs.values(), True))
 
 
 def test_torch_compile_goes_through(generator):

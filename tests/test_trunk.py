@@ -43,11 +43,13 @@ def make_chain(cls, act="relu", width=32):
 
 
 def on_plan(blocks, plan):
-    """Copies of the blocks on the kernels, with that plan."""
+    """Copies of the blocks on the kernels, with that plan, or with one each: "P3 P1 P4"."""
     model = nn.Sequential(*copy.deepcopy(blocks)).to(DEVICE, memory_format=torch.channels_last)
     if isinstance(blocks[0], Bottleneck):
         return fuse(model, "triton", plan)
-    return set_backend(model, "triton", plan)
+    for block, one in zip(model, plan.split() * len(blocks), strict=False):
+        set_backend(block, "triton", one)
+    return model
 
 
 def outcome(run, model, x, dy):
@@ -75,7 +77,7 @@ def test_every_plan_matches_float64(cls, dtype, act, plan, generator):
     [
         *((plan, torch.float32, "relu", False) for plan in trunk.PLANS),
         *((plan, torch.bfloat16, "silu", False) for plan in ("P1", "P3", "P4")),
-        *((plan, torch.float32, "relu", True) for plan in ("P1", "P4")),
+        *((plan, torch.float32, "relu", True) for plan in ("P1", "P4", "P3 P1 P4")),
     ],
 )
 def test_every_plan_matches_float64_with_preactivation(plan, dtype, act, activated, generator):
