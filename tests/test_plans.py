@@ -34,9 +34,8 @@ SHORTCUT = Site(
 )
 PLAIN = IDENTITY._replace(adds=False)
 PREACT = {
-    "preact": IDENTITY._replace(preact=True),
-    "activated": IDENTITY._replace(preact=True, acts=(None, "relu")),
-    "preact shortcut": SHORTCUT._replace(preact=True),
+    "preact, activated": IDENTITY._replace(preact=True, acts=(None, "relu")),
+    "preact, shortcut": SHORTCUT._replace(preact=True),
 }
 
 

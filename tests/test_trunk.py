@@ -153,7 +153,6 @@ def test_evaluation_with_preactivation(generator):
         (BasicBlock, "P1"),
         (BasicBlock, "P3"),
         (BasicBlock, "P4"),
-        (PreActBlock, "P1"),
         (PreActBlock, "P3"),
         (PreActBlock, "P4"),
     ],
