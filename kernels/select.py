@@ -98,8 +98,8 @@ def choose(
         is taken if its numbers hold here, else the baseline.
     store: where choices are remembered; None is the file in the user's cache folder.
 
-    Measuring is announced on stderr. What a candidate raises is a refusal; only one that takes the
-    device down with it ends the process. Random states are as before.
+    Measuring is announced on stderr, once a process and GPU. What a candidate raises is a refusal;
+    only one that takes the device down with it ends the process. Random states are as before.
     """
     store = store or user_store(cache_dir())
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -113,12 +113,9 @@ def choose(
 
 def _remembered_or_measured(jobs: Sequence[Job], timer: Timer, store: Store) -> list[Choice]:
     pending = {job.key for job in jobs if _remembered(job, store) is None}
-    if pending:
-        gpu = next(iter(pending)).gpu
-        print(
-            f"measuring plans for {gpu}: {len(pending)}, to be remembered in {store.path}",
-            file=sys.stderr,
-        )
+    for gpu in {key.gpu for key in pending} - store.announced:
+        store.announced.add(gpu)
+        print(f"measuring plans for {gpu}, to be remembered in {store.path}", file=sys.stderr)
     choices = []
     with tqdm(
         total=len(pending),

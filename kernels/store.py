@@ -56,6 +56,7 @@ class Store:
         self.path = folder / "plans.json"
         self._shipped_folder = shipped
         self._unwritable = False
+        self.announced: set[str] = set()  # GPUs of which this process has said that it measures
 
     @functools.cached_property
     def _known(self) -> dict[Key, Choice]:

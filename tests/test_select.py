@@ -274,9 +274,12 @@ def test_on_a_gpu_the_work_is_captured_and_what_cannot_be_is_refused(store):
 def test_a_second_process_measures_nothing(store, tmp_path, capsys):
     first = choose_one(job(), Script(cudnn=SLOW, ours=FAST), store)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"measuring plans for GPU A: 1, to be remembered in {store.path}"
+    assert line == f"measuring plans for GPU A, to be remembered in {store.path}"
     assert choose_one(job(), never, fresh(tmp_path)) == first
     assert capsys.readouterr().err == ""
+    another = job(key=replace(KEY, what="another"))
+    choose_one(another, Script(cudnn=SLOW, ours=FAST), store)
+    assert capsys.readouterr().err == ""  # it was said
 
 
 def test_progress_shows_after_two_seconds(store, monkeypatch):
