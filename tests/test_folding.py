@@ -53,3 +53,14 @@ def test_a_norm_that_follows_no_convolution_stays():
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         torch.testing.assert_close(small(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_with_preactivation_the_norms_of_sums_stay():
+    model = trained_like("micro_resnet", preact=True).double()
+    small = models.folded(model)
+    norms = ((n, m) for n, m in small.named_modules() if isinstance(m, BatchNormAct))
+    left = [n for n, m in norms if not m.folded]
+    assert left == [*(f"layer{i}.0.bn1" for i in (2, 3, 4)), "norm"]
+    images = torch.randn(3, 3, 40, 40, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(small(images), model(images), rtol=1e-10, atol=1e-12)
