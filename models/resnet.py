@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.blocks import BasicBlock, PlainBlock
 from models.layers import run_layers
-from models.units import BatchNormAct, set_backend, stem
+from models.units import BatchNormAct, linear, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -56,7 +56,7 @@ class ResNet(nn.Module):
         else:
             x = stem(self.conv1, self.bn1, self.maxpool, x)
         x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
-        return self.fc(self.dropout(self.avgpool(x).flatten(1)))
+        return linear(self.fc, self.dropout(self.avgpool(x).flatten(1)))
 
 
 MODELS = {
