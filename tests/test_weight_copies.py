@@ -138,6 +138,9 @@ def test_training_is_that_without_copies(optimizer, dtype, monkeypatch):
     weights = [p for p in run.model.parameters() if p in run.step.copies]
     assert len(weights) == 6  # four filters, the head's weight and bias
     assert equal(run.step.copies.of(weights), [w.to(dtype) for w in weights])
+    with Casts(weights) as casts:
+        run.step.refresh()
+    assert casts.found == 0  # the update has written them
 
 
 def test_without_an_autocast_type_or_our_kernels_there_are_none():
