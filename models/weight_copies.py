@@ -48,16 +48,15 @@ class WeightCopies:
         of changes."""
         stale = [weight for weight in self._copies if anew or self._changed(weight)]
         for weight in stale:
-            copy = self._copies[weight]
-            if not _alike(weight, copy):
+            if not _alike(weight, self._copies[weight]):
                 self._copies[weight] = torch.empty_like(weight, dtype=self.dtype)
         if stale:
             torch._foreach_copy_(self.of(stale), stale)
         self.written(stale)
 
-    def written(self, weights: Sequence[Tensor]) -> None:
-        """The copies of these weights are what the weights round to."""
-        for weight in weights:
+    def written(self, weights: Sequence[Tensor] | None = None) -> None:
+        """The copies of these weights, or of all, are what the weights round to."""
+        for weight in self._copies if weights is None else weights:
             # what shares the weight's memory keeps it: no other tensor can come to lie there
             self._seen[weight] = (weight.detach(), weight._version)
 
@@ -78,12 +77,8 @@ class WeightCopies:
             _in_use = before
 
 
-def _alike(weight: Tensor, copy: Tensor) -> bool:
-    return (weight.shape, weight.stride(), weight.device) == (
-        copy.shape,
-        copy.stride(),
-        copy.device,
-    )
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.device) == (b.shape, b.stride(), b.device)
 
 
 def in_type(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -160,10 +160,14 @@ def test_a_bad_loss_in_a_replay_changes_nothing():
 
 
 class WithoutHost(Rerun):
-    """A replay runs no code of the host: nothing looks after the weights' copies."""
+    """A replay runs no code of the host: nothing looks after the weights' copies, or counts."""
 
     def replay(self):
-        with mock.patch.object(WeightCopies, "refresh"):
+        with (
+            mock.patch.object(WeightCopies, "refresh"),
+            mock.patch.object(WeightCopies, "written"),
+            mock.patch("torch.autograd.graph.increment_version"),
+        ):
             super().replay()
 
 
@@ -187,6 +191,24 @@ def test_a_replay_takes_copies_that_are_right(monkeypatch):
         ends.append(snapshot(run))
     assert graph.replays == 30
     assert equal(*ends)
+
+
+def test_two_captured_steps_share_weights(monkeypatch):
+    """Each one's copies follow what the other's replays wrote."""
+    monkeypatch.setattr(weight_update, "runs_triton", lambda _: False)
+    ends = []
+    for graphs in ((None, None), (WithoutHost(), WithoutHost())):
+        model = micro_resnet()
+        runs = [
+            training(total=40, model=model, amp_dtype=torch.bfloat16, fused=True) for _ in graphs
+        ]
+        for run, graph in zip(runs, graphs, strict=True):
+            run.run_step = run.step if graph is None else CapturedStep(run.step, graph)
+        for epoch in range(1, 4):
+            for run in runs:
+                steps(run, Batches((8, 8)), epoch)
+        ends.append([snapshot(run) for run in runs])
+    assert all(equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_how_many_steps_were_replayed_and_why_not():

@@ -75,6 +75,7 @@ class CapturedStep:
             static.copy_(value)
         self.step.refresh()  # the graph takes the weights' copies as they are
         self.graph.replay()
+        self.step.count_update()  # which in a replay no code of the host does
         return self._outcome
 
     def _why_launched(self, inputs: tuple[Tensor, ...]) -> str | None:

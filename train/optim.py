@@ -75,15 +75,15 @@ def _fused_step(
     def slots(name: str) -> list[Tensor]:
         return [optimizer.state[p][name] for p in weights]
 
-    update = {"weight_decay": group["weight_decay"]}
+    rule = {"weight_decay": group["weight_decay"]}
     gradients = [p.grad for p in weights]
     if isinstance(optimizer, torch.optim.AdamW):
         state = (slots("exp_avg"), slots("exp_avg_sq"), slots("step"))
-        kernels.adamw_(weights, gradients, *state, written, *scalars, **update)
+        kernels.adamw_(weights, gradients, *state, written, *scalars, **rule)
     else:
-        update |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
+        rule |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
         momenta = slots("momentum_buffer") if group["momentum"] else []
-        kernels.sgd_(weights, gradients, momenta, written, *scalars, **update)
+        kernels.sgd_(weights, gradients, momenta, written, *scalars, **rule)
     if copies is not None:
         copies.written(weights)
 

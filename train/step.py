@@ -109,6 +109,12 @@ class TrainingStep:
         if self.copies is not None:
             self.copies.refresh(anew)
 
+    def count_update(self) -> None:
+        """Tell PyTorch that all weights have changed, and that their copies went with them."""
+        torch.autograd.graph.increment_version(self.parameters)
+        if self.copies is not None:
+            self.copies.written()
+
     def copies_in_use(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.copies is None else self.copies.in_use()
 
