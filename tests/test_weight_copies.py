@@ -227,7 +227,7 @@ def test_copies_follow_every_change(change):
     expected = copy.deepcopy(run.model)  # which has no copies
     with run.autocast():
         loss = cross_entropy(expected(batch.images).float(), batch.labels, label_smoothing=0.1)
-    run.average and run.average.prepare(9)
+    run.average.prepare(9)
     assert run.step(*batch.inputs)[0].item() == loss.item()
     for p in run.model.parameters():
         if p in run.step.copies:

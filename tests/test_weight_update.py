@@ -23,14 +23,9 @@ def small_launches(monkeypatch):
     monkeypatch.setattr(weight_update, "TENSORS", 3)
 
 
-def draw(generator, scale=1.0):
-    tensors = [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
-    return [
-        t.to(DEVICE, memory_format=torch.channels_last if t.dim() == 4 and t.shape[0] > 5 else None)
-        if t.dim() == 4
-        else t.to(DEVICE)
-        for t in tensors
-    ]
+def draw(generator):
+    tensors = [torch.randn(shape, generator=generator).to(DEVICE) for shape in SHAPES]
+    return [*tensors[:-2], *(t.to(memory_format=torch.channels_last) for t in tensors[-2:])]
 
 
 class Ours:
@@ -43,8 +38,8 @@ class Ours:
         self.copies = [torch.full_like(w, torch.nan, dtype=dtype) for w in weights] if dtype else []
         self.kind, self.options = kind, options
 
-    def step(self, gradients, skip=NO, rate=RATE):
-        rate = torch.full((), rate, device=DEVICE)
+    def step(self, gradients, skip=NO):
+        rate = torch.full((), RATE, device=DEVICE)
         if self.kind == "sgd":
             momenta = self.slots[0] if self.options.get("momentum") else []
             sgd_(self.weights, gradients, momenta, self.copies, rate, skip, **self.options)

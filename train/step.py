@@ -179,7 +179,8 @@ class Buffers:
     @torch.no_grad()
     def put_back(self, before: list[Tensor], skip: Tensor) -> None:
         """Where `skip` is 1, return to what `copy` returned."""
+        skip = skip.bool()
         for group, old, new in zip(self._groups, before, self.copy(), strict=True):
-            kept = torch.where(skip.bool(), old, new).split([buffer.numel() for buffer in group])
+            kept = torch.where(skip, old, new).split([buffer.numel() for buffer in group])
             values = [value.view(buffer.shape) for value, buffer in zip(kept, group, strict=True)]
             torch._foreach_copy_(group, values)
