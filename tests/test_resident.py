@@ -96,10 +96,10 @@ def test_upload_of_a_file_in_slabs(images, tmp_path, monkeypatch):
     assert np.array_equal(upload(mapped, DEVICE).cpu(), images)
 
 
-@pytest.mark.parametrize("channels_last", [True, False])
-def test_batches_made_inside_the_step_train_alike(images, channels_last):
+@pytest.mark.parametrize("others", [{}, {"balance": LABELS[ROWS], "channels_last": False}], ids=str)
+def test_batches_made_inside_the_step_train_alike(images, others):
     """Bit for bit, in a graph too; the last batch has another size and runs without it."""
-    options = {"augment": "strong", "shuffle": True, "channels_last": channels_last}
+    options = {"augment": "strong", "shuffle": True, **others}
     runs = []
     for graph in (None, Rerun()):
         _, loader = both(images, **options)
@@ -108,6 +108,7 @@ def test_batches_made_inside_the_step_train_alike(images, channels_last):
             model=micro_resnet().to(DEVICE),
             total=4,
             mixup_alpha=0.4,
+            cutmix_alpha=1.0,
             make_batch=loader.make if inside else None,
         )
         if inside:
@@ -120,7 +121,7 @@ def test_batches_made_inside_the_step_train_alike(images, channels_last):
     assert runs[0][0] == runs[1][0]
     assert equal(runs[0][1], runs[1][1])
     assert graph.replays == 2
-    assert [tuple(t.shape) for t in run.run_step._inputs] == [(2, 3), (), (3,), ()]
+    assert [tuple(t.shape) for t in run.run_step._inputs] == [(2, 3), (), (3,), (), (4,)]
 
 
 def test_a_bad_batch_made_inside_names_its_rows(images):
