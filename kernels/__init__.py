@@ -29,6 +29,8 @@ from kernels.launch import why_not_triton
 from kernels.spec import KernelSpec
 from kernels.stem_pool import SPEC as STEM_POOL
 from kernels.stem_pool import bn_act_pool
+from kernels.weight_update import SPEC as WEIGHT_UPDATE
+from kernels.weight_update import adamw_, sgd_
 
 KERNELS: tuple[KernelSpec, ...] = (
     ADD_RELU,
@@ -42,12 +44,14 @@ KERNELS: tuple[KernelSpec, ...] = (
     AVG_POOL,
     HEAD,
     IMAGE_PREP,
+    WEIGHT_UPDATE,
 )
 
 __all__ = [
     "ACTS",
     "KERNELS",
     "KernelSpec",
+    "adamw_",
     "add_relu",
     "avg_pool",
     "bn_act",
@@ -60,5 +64,6 @@ __all__ = [
     "group_norm_act",
     "image_prep",
     "loss_and_correct",
+    "sgd_",
     "why_not_triton",
 ]

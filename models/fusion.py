@@ -21,6 +21,7 @@ from models.units import (
     check_plan,
     conv_norm_act,
     hooked,
+    linear,
     set_backend,
     stem,
 )
@@ -61,7 +62,7 @@ FUSED = (FusedBasicBlock, FusedBottleneck)
 def _forward_impl(network: nn.Module, x: Tensor) -> Tensor:
     """torchvision's method of this name, its stem on our units."""
     x = stem(network.conv1, network.bn1, network.maxpool, x)
-    return network.fc(network.avgpool(_layers(network, x)).flatten(1))
+    return linear(network.fc, network.avgpool(_layers(network, x)).flatten(1))
 
 
 def forward_features(network: nn.Module, x: Tensor) -> Tensor:

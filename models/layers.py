@@ -12,6 +12,7 @@ from kernels.bn_checks import Norm
 from kernels.launch import runs_triton
 from models import plans, trunk
 from models.units import BatchNormAct, TrunkBlock, compute_dtype, hooked, takes
+from models.weight_copies import in_type
 
 UNASKED = "nobody asked for it"
 
@@ -100,9 +101,7 @@ def run_trunk(blocks: Sequence[TrunkBlock], x: Tensor) -> Tensor:
     """The blocks as one autograd function: x [N, C, H, W] in the type they compute in -> the last
     block's output. Moves the running statistics. Raises ValueError as `trunk.run` does."""
     pairs = [pair for block in blocks for pair in pairs_of(block)]
-    masters = [conv.weight for conv, _ in pairs]
-    with torch.no_grad():
-        weights = iter(trunk.cast(masters, [x.dtype] * len(masters)))
+    weights = iter(in_type([conv.weight for conv, _ in pairs], x.dtype))
     described = _planned(blocks, [describe(block, weights) for block in blocks], x)
     parameters = []
     for conv, norm in pairs:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.blocks import BasicBlock, PlainBlock, PreActBlock
 from models.layers import run_layers
-from models.units import BatchNormAct, TrunkBlock, set_backend, stem
+from models.units import BatchNormAct, TrunkBlock, linear, set_backend, stem
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
         x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
         if self.norm is not None:
             x = self.norm(x)
-        return self.fc(self.dropout(self.avgpool(x).flatten(1)))
+        return linear(self.fc, self.dropout(self.avgpool(x).flatten(1)))
 
 
 MODELS = {

@@ -15,6 +15,7 @@ import kernels
 from kernels.activation import REFERENCE
 from kernels.bn_stats import track
 from models import compiled, conv_plans, trunk
+from models.weight_copies import stand_in
 
 
 def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Module:
@@ -236,12 +237,25 @@ def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Ten
         use = "stem training" if learns else "stem inference"
         plan = conv_plans.settled(use, conv, norm, x, compute_dtype(x), False)
         if plan.forward:
-            stride, padding = conv.stride[0], conv.padding[0]
             y, *stats = kernels.conv_stats(
-                x, conv.weight, stride=stride, padding=padding, own_wgrad=plan.wgrad
+                x,
+                stand_in(conv.weight, compute_dtype(x)),
+                stride=conv.stride[0],
+                padding=conv.padding[0],
+                own_wgrad=plan.wgrad,
             )
             return norm.pooled(y, pool, tuple(stats))
     return norm.pooled(conv(x), pool)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), on the copies of its weights that are in use: x [N, C] -> [N, K]."""
+    if type(layer) is not nn.Linear or hooked(layer) or torch.compiler.is_compiling():
+        return layer(x)
+    weight = stand_in(layer.weight, compute_dtype(x))
+    if weight is layer.weight:
+        return layer(x)
+    return F.linear(x, weight, None if layer.bias is None else stand_in(layer.bias, weight.dtype))
 
 
 def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor, has_residual: bool) -> bool:

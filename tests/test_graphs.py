@@ -8,11 +8,14 @@ import copy
 import math
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
-from models import build_model
+from kernels import weight_update
+from models import build_model, set_backend
+from models.weight_copies import WeightCopies
 from tests.helpers import DEVICE
 from tests.test_step import CLASSES, OPTIM, Batches, equal, micro_resnet, snapshot, steps, training
 from train.graphs import WARM_UP, CapturedStep
@@ -156,6 +159,104 @@ def test_a_bad_loss_in_a_replay_changes_nothing():
     assert equal(snapshot(run), before)
 
 
+class WithoutHost(Rerun):
+    """A replay runs no code of the host: nothing looks after the weights' copies, or counts."""
+
+    def replay(self):
+        with (
+            mock.patch.object(WeightCopies, "refresh"),
+            mock.patch.object(WeightCopies, "written"),
+            mock.patch("torch.autograd.graph.increment_version"),
+        ):
+            super().replay()
+
+
+def test_a_replay_takes_copies_that_are_right(monkeypatch):
+    """Whatever wrote to the weights between two replays."""
+    monkeypatch.setattr(weight_update, "runs_triton", lambda _: False)
+    ends = []
+    for graph in (None, WithoutHost()):
+        run = training(total=40, amp_dtype=torch.bfloat16, fused=True)
+        if graph is not None:
+            run.run_step = CapturedStep(run.step, graph)
+        start = copy.deepcopy(run.state())
+        steps(run, Batches())
+        run.model.load_state_dict(micro_resnet().state_dict())
+        steps(run, Batches())
+        run.restore(start)
+        steps(run, Batches())
+        torch.nn.init.normal_(run.model.fc.weight)
+        run.config = replace(run.config, epochs=2)
+        fit(run, Batches(), Batches((4, 4)), CLASSES, [])
+        ends.append(snapshot(run))
+    assert graph.replays == 30
+    assert equal(*ends)
+
+
+def test_two_captured_steps_share_weights(monkeypatch):
+    """Each one's copies follow what the other's replays wrote."""
+    monkeypatch.setattr(weight_update, "runs_triton", lambda _: False)
+    ends = []
+    for graphs in ((None, None), (WithoutHost(), WithoutHost())):
+        model = micro_resnet()
+        runs = [
+            training(total=40, model=model, amp_dtype=torch.bfloat16, fused=True) for _ in graphs
+        ]
+        for run, graph in zip(runs, graphs, strict=True):
+            run.run_step = run.step if graph is None else CapturedStep(run.step, graph)
+        for epoch in range(1, 4):
+            for run in runs:
+                steps(run, Batches((8, 8)), epoch)
+        ends.append([snapshot(run) for run in runs])
+    assert all(equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_how_many_steps_were_replayed_and_why_not():
+    assert training().graph_steps() is None
+    run = captured(Rerun())
+    steps(run, Batches(SIZES))
+    assert run.graph_steps() == {"replayed": 6, "launched": {"a batch of another size": 2}}
+    run = captured(Refuses())
+    with pytest.warns(UserWarning, match="no CUDA graph"):
+        steps(run, Batches(SIZES))
+    reason = "operation not permitted when stream is capturing"
+    assert run.graph_steps() == {"replayed": 0, "launched": {reason: 8}}
+
+
+def test_a_probe_sees_gradients_and_changes_no_step():
+    """Before the capture, between two replays, and as long as it is there."""
+    config = replace(OPTIM, clip_grad=1e-3)
+    run, plain = (captured(g, config, amp_dtype=torch.float16) for g in (Rerun(), Rerun()))
+    norms = []
+
+    def probe():
+        assert all(p.grad is not None for p in run.model.parameters())
+        norms.append(sum(p.grad.norm() ** 2 for p in run.model.parameters()).item() ** 0.5)
+
+    batches = Batches((8,) * 5).batches
+    for number, batch in enumerate(batches, start=1):
+        run.step.probes[:] = [probe] if number in (1, 4) else []
+        ours, theirs = (one.train_step(batch, 1, number) for one in (run, plain))
+        assert run.finish(ours) == plain.finish(theirs)
+    assert equal(snapshot(run), snapshot(plain))
+    assert all(0.01 < norm < 100 for norm in norms)  # of the loss itself, and not clipped
+    assert len(norms) == 2
+    reason = "a probe looks at the gradients"
+    assert run.graph_steps() == {"replayed": 3, "launched": {reason: 2}}
+
+
+def test_weights_that_have_moved_are_not_replayed():
+    """A graph would go on training the memory where they were."""
+    run, plain = captured(Rerun()), training(total=len(SIZES))
+    for one in (run, plain):
+        steps(one, Batches((8, 8)))
+        one.model.double().float()
+    with pytest.warns(UserWarning, match="moved to other memory"):
+        found = steps(run, Batches((8, 8)), 2)
+    assert found == steps(plain, Batches((8, 8)), 2)
+    assert run.graph_steps()["replayed"] == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -174,6 +275,7 @@ def test_a_gpu_replays_what_it_would_launch(backend, optimizer, dtype, exact_flo
             model=model,
             amp_dtype=dtype,
             mixup_alpha=0.4,
+            fused=backend == "triton",
             cuda_graph=graph,
         )
         with warnings.catch_warnings():
@@ -196,10 +298,12 @@ def test_a_gpu_replays_what_it_would_launch(backend, optimizer, dtype, exact_flo
 
 
 @pytest.mark.gpu
-def test_replaying_never_waits_for_the_gpu():
-    model = micro_resnet().to(DEVICE)
-    config = replace(OPTIM, clip_grad=1.0)
-    run = training(config, model=model, mixup_alpha=0.2, amp_dtype=torch.float16, cuda_graph=True)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_replaying_never_waits_for_the_gpu(backend):
+    model = set_backend(micro_resnet(), backend).to(DEVICE, memory_format=torch.channels_last)
+    config, fused = replace(OPTIM, clip_grad=1.0), backend == "triton"
+    options = {"mixup_alpha": 0.2, "amp_dtype": torch.float16, "cuda_graph": True, "fused": fused}
+    run = training(config, model=model, **options)
     batches = Batches(device=DEVICE).batches
     run.finish(run.train_step(batches[0], 1, 1))  # captures
     torch.cuda.set_sync_debug_mode("error")

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from models import set_backend
 from tests.helpers import DEVICE
+from tests.test_graphs import Rerun
+from tests.test_step import equal, micro_resnet, snapshot, steps, training
 from train import inputs
 from train.config import DEFAULT
 from train.data import Loader, resident
 from train.data.augment import STD
-from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
+from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, ViewLoader, upload
+from train.graphs import CapturedStep
 from train.inputs import Inputs, make_loaders, resident_pixels
+from train.training import NonFiniteLoss
 
 N = 11
 LABELS = np.arange(N) % 3
@@ -91,6 +96,43 @@ def test_upload_of_a_file_in_slabs(images, tmp_path, monkeypatch):
     assert np.array_equal(upload(mapped, DEVICE).cpu(), images)
 
 
+@pytest.mark.parametrize("others", [{}, {"balance": LABELS[ROWS], "channels_last": False}], ids=str)
+def test_batches_made_inside_the_step_train_alike(images, others):
+    """Bit for bit, in a graph too; the last batch has another size and runs without it."""
+    options = {"augment": "strong", "shuffle": True, **others}
+    runs = []
+    for graph in (None, Rerun()):
+        _, loader = both(images, **options)
+        inside = graph is not None
+        run = training(
+            model=micro_resnet().to(DEVICE),
+            total=4,
+            mixup_alpha=0.4,
+            cutmix_alpha=1.0,
+            make_batch=loader.make if inside else None,
+        )
+        if inside:
+            run.run_step = CapturedStep(run.step, graph)
+            loader = ViewLoader(loader)
+        assert len(loader) == 2
+        found = [step for epoch in (1, 2) for step in steps(run, loader, epoch)]
+        assert [step.images for step in found] == [3, 4, 3, 4]
+        runs.append((found, snapshot(run)))
+    assert runs[0][0] == runs[1][0]
+    assert equal(runs[0][1], runs[1][1])
+    assert graph.replays == 2
+    assert [tuple(t.shape) for t in run.run_step._inputs] == [(2, 3), (), (3,), (), (4,)]
+
+
+def test_a_bad_batch_made_inside_names_its_rows(images):
+    _, loader = both(images)
+    run = training(model=micro_resnet().to(DEVICE), make_batch=loader.make)
+    run.model.fc.bias.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLoss) as caught:
+        steps(run, ViewLoader(loader))
+    assert caught.value.indices == ROWS[:3].tolist()
+
+
 def given(images, val=(0, 4, 6, 9)) -> Inputs:
     photos = SimpleNamespace(labels=LABELS)
     return Inputs(images, photos, SimpleNamespace(train=ROWS, val=np.array(val, dtype=int)))
@@ -139,6 +181,24 @@ def test_pixels_stay_on_the_gpu_only_where_they_fit(images, monkeypatch):
     pixels, reason = resident_pixels(given(images), DEVICE, "triton")
     assert pixels is None
     assert "free" in reason
+
+
+@pytest.mark.gpu
+def test_a_graph_that_makes_its_batches_never_waits(images):
+    _, loader = both(images, augment="strong", dtype=torch.bfloat16)
+    model = set_backend(micro_resnet(), "triton").to(DEVICE, memory_format=torch.channels_last)
+    options = {"amp_dtype": torch.bfloat16, "mixup_alpha": 0.2, "fused": True, "cuda_graph": True}
+    run = training(model=model, total=8, make_batch=loader.make, **options)
+    steps(run, ViewLoader(loader))  # captures, and runs the last batch without the graph
+    assert run.run_step.reason is None
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches = [b for epoch in (2, 3, 4) for b in ViewLoader(loader).epoch(epoch)]
+        underway = [run.train_step(b, 2, n) for n, b in enumerate(batches[::2], start=1)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(np.isfinite(run.finish(step).loss) for step in underway)
+    assert run.graph_steps()["replayed"] == 4
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.data.loader import Loader
-from train.data.resident import ResidentLoader
+from train.data.resident import ResidentLoader, ViewLoader
 from train.metrics import fit_temperature
 from train.training import Step, Training, Underway
 
@@ -34,7 +34,7 @@ class Listener:
 
 def fit(
     training: Training,
-    train_loader: Loader | ResidentLoader,
+    train_loader: Loader | ResidentLoader | ViewLoader,
     val_loader: Loader | ResidentLoader | None,
     num_classes: int,
     listeners: Sequence[Listener],
@@ -65,7 +65,7 @@ def fit(
 
 def train_epoch(
     training: Training,
-    loader: Loader | ResidentLoader,
+    loader: Loader | ResidentLoader | ViewLoader,
     epoch: int,
     listeners: Sequence[Listener],
 ) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def train_epoch(
     started = time.perf_counter()
     learning_rate = training.learning_rate()
     training.model.train()
+    training.step.refresh(anew=True)  # a listener may have written to weights in uncounted ways
     images = counted = skipped = 0
     loss = correct = 0.0
     for step in finished_steps(training, loader, epoch):
@@ -96,7 +97,7 @@ def train_epoch(
 
 
 def finished_steps(
-    training: Training, loader: Loader | ResidentLoader, epoch: int
+    training: Training, loader: Loader | ResidentLoader | ViewLoader, epoch: int
 ) -> Iterator[Step]:
     """The steps of one epoch as they finish. Raises NonFiniteLoss."""
     late = LATE if training.device.type == "cuda" else 0

@@ -6,10 +6,13 @@ of them a no-op, so that a CUDA graph can hold the whole step.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import kernels
+from models.weight_copies import WeightCopies
 from train.config import OptimConfig
 
 
@@ -38,6 +41,51 @@ def build_optimizer(model: nn.Module, config: OptimConfig, rate: Tensor) -> torc
         if config.optimizer == "adamw":
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
     return optimizer
+
+
+def update(optimizer: torch.optim.Optimizer, skip: Tensor, copies: WeightCopies | None) -> None:
+    """One step of what `build_optimizer` made; none where `skip` is 1.
+
+    copies: of the weights, written by the same launches of our kernels; without them the step is
+    PyTorch's.
+    """
+    if copies is None:
+        optimizer.found_inf = skip
+        optimizer.step()
+        # PyTorch's fused kernels do not count what they write
+        torch.autograd.graph.increment_version(list(optimizer.state))
+        return
+    for group in optimizer.param_groups:
+        trained = [p for p in group["params"] if p.grad is not None]
+        _fused_step(optimizer, group, [p for p in trained if p in copies], copies, skip)
+        _fused_step(optimizer, group, [p for p in trained if p not in copies], None, skip)
+
+
+def _fused_step(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    weights: list[Tensor],
+    copies: WeightCopies | None,
+    skip: Tensor,
+) -> None:
+    """A step of some weights of a group, which have copies all or none."""
+    written = [] if copies is None else copies.of(weights)
+    scalars = (group["lr"], skip)
+
+    def slots(name: str) -> list[Tensor]:
+        return [optimizer.state[p][name] for p in weights]
+
+    rule = {"weight_decay": group["weight_decay"]}
+    gradients = [p.grad for p in weights]
+    if isinstance(optimizer, torch.optim.AdamW):
+        state = (slots("exp_avg"), slots("exp_avg_sq"), slots("step"))
+        kernels.adamw_(weights, gradients, *state, written, *scalars, **rule)
+    else:
+        rule |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
+        momenta = slots("momentum_buffer") if group["momentum"] else []
+        kernels.sgd_(weights, gradients, momenta, written, *scalars, **rule)
+    if copies is not None:
+        copies.written(weights)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -26,6 +26,7 @@ from models import (
 from models.compiled import tune_allocator
 from train import checkpoint
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
+from train.data.resident import ViewLoader
 from train.data.twins import make_manifest
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
 from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
@@ -155,6 +156,8 @@ def train(config: Config, command: str) -> dict[str, Any]:
         mixup_alpha=config.data.mixup,
         cutmix_alpha=config.data.cutmix,
         seed=config.run.seed,
+        fused=backend.name == "triton",
+        make_batch=None if pixels is None else train_loader.make,
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
     if resumed is not None:
@@ -185,7 +188,8 @@ def train(config: Config, command: str) -> dict[str, Any]:
         Progress(config.optim.epochs, done=len(training.history)),
     ]
     try:
-        fit(training, train_loader, val_loader, len(classes), listeners)
+        fed = train_loader if pixels is None else ViewLoader(train_loader)
+        fit(training, fed, val_loader, len(classes), listeners)
     except NonFiniteLoss as error:
         files = [inputs.photos.files[i] for i in error.indices]
         write_json(folder / "bad_batch.json", files)
@@ -199,6 +203,7 @@ def train(config: Config, command: str) -> dict[str, Any]:
         "backend": backend.name,
         "backend_reason": backend.reason,
         "plans": chosen_plans(model),
+        "cuda_graph": training.graph_steps(),
         "device": device_name(device),
         "precision": precision,
         "parameters": parameters,

@@ -6,12 +6,16 @@ the loss scale: weights, optimizer state, running statistics and moving average 
 The device decides that; the host learns of it from what the step returns.
 """
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weight_copies import WeightCopies
 from train.config import OptimConfig
-from train.optim import LossScale, WeightAverage, build_optimizer
+from train.optim import LossScale, WeightAverage, build_optimizer, update
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -25,7 +29,13 @@ class TrainingStep:
     """One update of the model's weights from one batch, and all that the update changes.
 
     model: on its device, in training mode when the step runs. rate: float32 [] on the device, the
-    learning rate. The moving average's decay is the caller's to `prepare`.
+    learning rate. The moving average's decay is the caller's to `prepare`. fused: with an
+    `amp_dtype`, update the weights, float32, by our kernels, which leave copies of them in that
+    type for the next forward. make_batch: what makes the images and labels of a batch of the
+    step's first two inputs; a part of the step, and of its graph.
+
+    probes: called when the gradients stand in every `grad`, unscaled and not clipped; while there
+    is one, no step is replayed from a graph.
     """
 
     def __init__(
@@ -34,8 +44,11 @@ class TrainingStep:
         config: OptimConfig,
         amp_dtype: torch.dtype | None,
         rate: Tensor,
+        fused: bool = False,
+        make_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ):
         self.model = model
+        self.make_batch = make_batch
         self.config = config
         self.amp_dtype = amp_dtype
         self.device = rate.device
@@ -44,35 +57,41 @@ class TrainingStep:
         self.optimizer = build_optimizer(model, config, rate)
         self.scale = LossScale(self.device, enabled=amp_dtype == torch.float16)
         self.average = WeightAverage(model, config.ema) if config.ema else None
+        self.probes: list[Callable[[], None]] = []
+        self.copies = WeightCopies(model, amp_dtype) if fused and amp_dtype else None
 
     def __call__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        first: Tensor,
+        second: Tensor,
         partner: Tensor | None = None,
         lam: Tensor | None = None,
         box: Tensor | None = None,
     ) -> Tensor:
-        """Train on images [N, 3, H, W] with labels int64 [N]; returns float32 [3]: the loss, how
-        many images were classified right, and 1 if the update was skipped.
+        """Train on images [N, 3, H, W] with labels int64 [N], or on what `make_batch` makes of
+        `first` and `second`; returns float32 [3]: the loss, how many images were classified right,
+        and 1 if the update was skipped.
 
         partner int64 [N], lam float32 []: mixup, image i becomes lam of itself and 1 - lam of image
         partner[i], and so does the loss. box float32 [4]: cutmix, see `mix`.
         """
+        self.refresh()
         before = self.buffers.copy()
+        images, labels = self.make_batch(first, second) if self.make_batch else (first, second)
 
         # ---- the training step ------------------------------------------------------------------
         if partner is not None:
             images, lam = mix(images, images[partner], lam, box)
-        with autocast(self.device, self.amp_dtype):
+        with autocast(self.device, self.amp_dtype), self.copies_in_use():
             logits = self.model(images)
         loss = mixed(self.loss, logits, labels, partner, lam)
         self.scale.scaled(loss).backward()
         skip = self.scale.unscale([p.grad for p in self.parameters if p.grad is not None], loss)
+        for probe in self.probes:
+            probe()
         if self.config.clip_grad:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
-        self.optimizer.found_inf = skip
-        self.optimizer.step()
+        update(self.optimizer, skip, self.copies)
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(skip)
         # ------------------------------------------------------------------------------------------
@@ -84,13 +103,28 @@ class TrainingStep:
             correct = mixed(count_correct, logits, labels, partner, lam)
             return torch.stack([loss, correct, skip])
 
+    def refresh(self, anew: bool = False) -> None:
+        """Bring the weights' copies up to date, where somebody else has changed a weight in a way
+        that PyTorch counts; `anew`, in any case."""
+        if self.copies is not None:
+            self.copies.refresh(anew)
+
+    def count_update(self) -> None:
+        """Tell PyTorch that all weights have changed, and that their copies went with them."""
+        torch.autograd.graph.increment_version(self.parameters)
+        if self.copies is not None:
+            self.copies.written()
+
+    def copies_in_use(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.copies is None else self.copies.in_use()
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in float32. logits [N, K], labels int64 [N]."""
         smoothing = self.config.label_smoothing
         return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
 
     def tensors(self) -> list[Tensor]:
-        """Everything a step changes."""
+        """Everything a step changes, but for the copies, which follow from the weights."""
         slots = [slot for state in self.optimizer.state.values() for slot in state.values()]
         average = [] if self.average is None else list(self.average.state.values())
         weights = [*self.model.parameters(), *self.model.buffers()]
@@ -145,7 +179,8 @@ class Buffers:
     @torch.no_grad()
     def put_back(self, before: list[Tensor], skip: Tensor) -> None:
         """Where `skip` is 1, return to what `copy` returned."""
+        skip = skip.bool()
         for group, old, new in zip(self._groups, before, self.copy(), strict=True):
-            kept = torch.where(skip.bool(), old, new).split([buffer.numel() for buffer in group])
+            kept = torch.where(skip, old, new).split([buffer.numel() for buffer in group])
             values = [value.view(buffer.shape) for value, buffer in zip(kept, group, strict=True)]
             torch._foreach_copy_(group, values)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from train.config import OptimConfig
 from train.data.augment import cutmix, mixup
 from train.data.loader import Batch
+from train.data.resident import Views
 from train.errors import LapisError
 from train.graphs import CapturedStep
 from train.optim import learning_rate
@@ -66,8 +68,9 @@ class Training:
     """Everything that changes while a run trains: what a checkpoint holds.
 
     model: on its device already. total_steps: steps of the whole run, for the schedule.
-    amp_dtype: bfloat16, float16 or None for full precision. cuda_graph: replay the training step
-        from a CUDA graph, captured at the first step.
+    amp_dtype: bfloat16, float16 or None for full precision. fused: update the weights by our
+        kernels; make_batch: make the batches inside the step; see `TrainingStep`. cuda_graph:
+        replay the step from a CUDA graph, captured at the first batch.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class Training:
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         seed: int = 0,
+        fused: bool = False,
+        make_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         cuda_graph: bool = False,
     ):
         self.model = model
@@ -93,7 +98,7 @@ class Training:
         self.total_steps = total_steps
         self.steps = 0
         self.rate = torch.zeros((), device=self.device)
-        self.step = TrainingStep(model, config, amp_dtype, self.rate)
+        self.step = TrainingStep(model, config, amp_dtype, self.rate, fused, make_batch)
         self.average = self.step.average
         self.run_step = CapturedStep(self.step) if cuda_graph else self.step
         self.bad: list[Underway] = []  # the latest steps, while their losses are not finite
@@ -109,14 +114,14 @@ class Training:
         """That of the next step."""
         return learning_rate(self.config, self.steps, self.total_steps)
 
-    def train_step(self, batch: Batch, epoch: int, number: int) -> Underway:
+    def train_step(self, batch: Batch | Views, epoch: int, number: int) -> Underway:
         """One update of the weights from one batch; `model` must be in training mode."""
         self.rate.fill_(self.learning_rate())
         self.steps += 1
         if self.average is not None:
             self.average.prepare(self.steps)
-        mixing = self.mixing(len(batch.labels), epoch, number)
-        outcome = self.run_step(batch.images, batch.labels, *mixing)
+        mixing = self.mixing(len(batch.indices), epoch, number)
+        outcome = self.run_step(*batch.inputs, *mixing)
         return Underway(epoch, number, batch.indices, outcome)
 
     def mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, ...]:
@@ -152,6 +157,13 @@ class Training:
             first = self.bad[0]
             raise NonFiniteLoss(first.epoch, first.number, first.indices)
         return step
+
+    def graph_steps(self) -> dict[str, Any] | None:
+        """How many steps came from the CUDA graph, and how many did not, by their reason; None
+        without one."""
+        if not isinstance(self.run_step, CapturedStep):
+            return None
+        return {"replayed": self.run_step.replayed, "launched": dict(self.run_step.launched)}
 
     def weights(self) -> dict[str, Tensor]:
         """The weights to use: the moving average where there is one."""

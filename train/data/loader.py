@@ -24,6 +24,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     indices: torch.Tensor
 
+    @property
+    def inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the training step takes."""
+        return self.images, self.labels
+
 
 class BatchOrder:
     """Which of the rows `indices` each batch of an epoch holds.

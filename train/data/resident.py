@@ -6,6 +6,7 @@ rounded once instead of twice or three times on the way (`kernels.image_prep`).
 
 from collections.abc import Iterator
 from dataclasses import astuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,24 @@ from train.data.loader import Batch, BatchOrder
 
 KERNEL_AUGMENTS = tuple(kind for kind in AUGMENTS if kind != HEAVY)
 SLAB = 1024  # pictures uploaded at a time: a set on disk is never in memory as a whole
+
+
+class Views(NamedTuple):
+    """A batch that the training step makes itself, by `ResidentLoader.make`, on its device: int64
+    [2, B] the photos' rows and the numbers that decide their views, and int64 [] the epoch."""
+
+    numbers: Tensor
+    epoch: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """What the training step takes."""
+        return self
+
+    @property
+    def indices(self) -> Tensor:
+        """int64 [B], the rows."""
+        return self.numbers[0]
 
 
 class ResidentLoader(BatchOrder):
@@ -71,6 +90,19 @@ class ResidentLoader(BatchOrder):
         number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
         return self._prepare(self._there(rows), self._there(numbers), number)
 
+    def views(self, epoch: int, start: int = 0) -> Iterator[Views]:
+        """What `make` makes the batches of one epoch of, from number `start` on."""
+        rows = self.rows(epoch)
+        views = self._there(np.stack([rows, self.view_numbers(rows)]))
+        number = torch.full((), epoch, dtype=torch.int64, device=self.pixels.device)
+        for first, last in self.bounds[start:]:
+            yield Views(views[:, first:last], number)
+
+    def make(self, views: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, 3, S, S] and labels int64 [B] of one of `views`."""
+        images, labels, _ = self._prepare(*views, epoch)
+        return images, labels
+
     def _prepare(self, rows: Tensor, numbers: Tensor, epoch: Tensor) -> Batch:
         images = kernels.image_prep(self.pixels, numbers, epoch, rows=rows, **self._view)
         if not self.channels_last:
@@ -78,11 +110,25 @@ class ResidentLoader(BatchOrder):
         return Batch(images, self.labels[rows], rows)
 
     def _there(self, values: np.ndarray) -> Tensor:
-        """int64 [n] on the device; from memory that is not pinned, a copy would wait."""
+        """int64 on the device; from memory that is not pinned, a copy would wait."""
         tensor = torch.from_numpy(values)
         if self.pixels.is_cuda:
             tensor = tensor.pin_memory().to(self.pixels.device, non_blocking=True)
         return tensor
+
+
+class ViewLoader:
+    """The batches of a `ResidentLoader` as the numbers that it makes them of: for a training step
+    that does so itself, so that a CUDA graph holds that too."""
+
+    def __init__(self, loader: ResidentLoader):
+        self.make = loader.make
+        self.epoch = loader.views
+        self._batches = len(loader)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._batches
 
 
 def upload(images: np.ndarray, device: torch.device) -> Tensor:
