@@ -236,15 +236,12 @@ def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Ten
         learns = torch.is_grad_enabled() and conv.weight.requires_grad
         use = "stem training" if learns else "stem inference"
         plan = conv_plans.settled(use, conv, norm, x, compute_dtype(x), False)
+        weight = stand_in(conv.weight, compute_dtype(x))
+        geometry = {"stride": conv.stride[0], "padding": conv.padding[0]}
         if plan.forward:
-            y, *stats = kernels.conv_stats(
-                x,
-                stand_in(conv.weight, compute_dtype(x)),
-                stride=conv.stride[0],
-                padding=conv.padding[0],
-                own_wgrad=plan.wgrad,
-            )
+            y, *stats = kernels.conv_stats(x, weight, **geometry, own_wgrad=plan.wgrad)
             return norm.pooled(y, pool, tuple(stats))
+        return norm.pooled(F.conv2d(x, weight, **geometry), pool)
     return norm.pooled(conv(x), pool)
 
 
