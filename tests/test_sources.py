@@ -164,6 +164,7 @@ def test_folder_per_class(tmp_path):
     jpeg(tmp_path / "__MACOSX" / "1.jpg")
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "bakso" / "Thumbs.db").write_bytes(b"junk")
+    (tmp_path / "bakso" / "phone.HEIC").write_bytes(b"junk")
     photos = open_photos(str(tmp_path))
     assert photos.classes == ("<img onerror=x>", "bakso", "rendang")
     assert photos.files[2:] == (
@@ -177,7 +178,9 @@ def test_folder_per_class(tmp_path):
         "__MACOSX",
         "notes.txt",
         "bakso/Thumbs.db",
+        "bakso/phone.HEIC",
     }
+    assert "convert it to JPEG" in next(e.reason for e in photos.excluded if "HEIC" in e.file)
     assert not any(item.bad for item in photos.excluded)
     two = open_photos(str(tmp_path), classes=("rendang", "bakso"))
     assert two.classes == ("bakso", "rendang")

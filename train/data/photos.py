@@ -236,7 +236,9 @@ def photo_files(folder: Path) -> tuple[list[str], list[Excluded]]:
                 junk.append(Excluded(link, "a link to a folder, not followed", bad=False))
         for file in sorted(files):
             if file.startswith(".") or os.path.splitext(file)[1].lower() not in EXTENSIONS:
-                junk.append(Excluded(_printable(prefix + file), "not a photo", bad=False))
+                heic = file.lower().endswith((".heic", ".heif"))
+                reason = "HEIC is not read: convert it to JPEG" if heic else "not a photo"
+                junk.append(Excluded(_printable(prefix + file), reason, bad=False))
             else:
                 photos.append(prefix + file)
     return photos, junk
