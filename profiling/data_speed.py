@@ -325,9 +325,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="samples of everything")
     options = parser.parse_args(argv)
-    warnings.filterwarnings(
-        "ignore", category=UserWarning, module="PIL"
-    )  # of palettes, one a photo
+    # Pillow warns of palettes once a photo, in every process
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
     texts = []
     try:
         for data in options.data:
