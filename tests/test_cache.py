@@ -278,9 +278,10 @@ def _build(folder, cache_dir, delay):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_while_building_and_two_builders_at_once(folder, tmp_path):
-    spawn = multiprocessing.get_context("spawn")
-    killed = spawn.Process(target=_build, args=(folder, tmp_path / "c", 1.0))
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=_build, args=(folder, tmp_path / "c", 1.0))
     killed.start()
     deadline = time.time() + 60
     while not list(tmp_path.glob("c/*.tmp")) and time.time() < deadline:
@@ -288,7 +289,7 @@ def test_killed_while_building_and_two_builders_at_once(folder, tmp_path):
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
     assert not list(tmp_path.glob("c/*.images"))
-    pair = [spawn.Process(target=_build, args=(folder, tmp_path / "c", 0.01)) for _ in range(2)]
+    pair = [fork.Process(target=_build, args=(folder, tmp_path / "c", 0.01)) for _ in range(2)]
     for process in pair:
         process.start()
     for process in pair:

@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from train.data import known, load_images, open_photos, pack, shards
+from train.data.examine import examine
 from train.errors import DataError, UsageError
 
 
@@ -248,6 +249,15 @@ def test_webdataset_reads_what_we_pack_and_we_read_what_it_writes(tmp_path, caps
 def test_a_drawing_cannot_be_packed(tmp_path, capsys):
     assert pack.main(["synthetic", "--out", str(tmp_path)]) == 2
     assert "has no photo files" in capsys.readouterr().err
+
+
+def test_the_folder_check_sees_the_stored_form_of_photos_in_shards(tmp_path):
+    members = [
+        m for i in range(4) for m in ((f"{i}.jpg", photo(i)), (f"{i}.cls", b"xy"[i % 2 :][:1]))
+    ]
+    examined = examine(open_photos(f"shards:{write(tmp_path / 'a.tar', members)}"), progress=False)
+    assert {look.form for look in examined.looks} == {("PNG", "RGB", 1, 1)}
+    assert {look.size for look in examined.looks} == {(20, 16)}
 
 
 def test_labels_in_json_may_be_numbers(tmp_path):

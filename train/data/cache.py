@@ -35,7 +35,7 @@ from train.data.known import Known
 from train.data.photos import Excluded, Photos, UnreadablePhoto
 from train.errors import DataError, DiskError
 
-TRANSFORM = "centre square, bicubic antialiased, 2"  # raise the number when a change alters pixels
+TRANSFORM = "centre square, bicubic antialiased, 3"  # raise the number when a change alters pixels
 MAX_BAD = DataConfig.max_bad
 _TAIL = 8 + 32
 _STALE_SECONDS = 3600

@@ -1,11 +1,11 @@
 """Every photo of a source looked at once and compared with all others: what `check` reports on."""
 
 import hashlib
+import io
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -15,6 +15,7 @@ from train.config import DataConfig, RunConfig
 from train.data.duplicates import by_appearance, in_order, picture_groups, thumbnail
 from train.data.perceptual import SIDE
 from train.data.photos import FORMATS, PhotoFolder, Photos, UnreadablePhoto
+from train.data.shards import ShardReader
 from train.data.split import split_photos
 from train.data.suspects import Suspect, find_suspects
 
@@ -133,15 +134,15 @@ def look_at(photos: Photos, file: str) -> tuple[Look, np.ndarray | None]:
     except UnreadablePhoto as error:
         return Look(reason=str(error)), None
     size, form = picture.size, None
-    if isinstance(photos.load, PhotoFolder):
-        size, form = _header(photos.load.root / file)
+    if isinstance(photos.load, PhotoFolder | ShardReader):
+        size, form = _header(photos.load.read(file))
     pixels = _pixels(picture) if picture.size == size else None
     small = thumbnail(picture)
     return Look(size=size, spread=float(small.std()), pixels=pixels, form=form), small
 
 
-def _header(path: Path) -> tuple[tuple[int, int], tuple[str, str, int, int]]:
-    with Image.open(path, formats=FORMATS) as image:
+def _header(content: bytes) -> tuple[tuple[int, int], tuple[str, str, int, int]]:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except Exception:  # a damaged EXIF block: the decoder takes the photo as upright, too

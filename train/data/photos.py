@@ -73,7 +73,7 @@ class Photos:
     digests   N SHA-256 sums of the content: equal content, equal digest
     excluded  files left out, each with its reason
     load      (file, shorter side wanted or None) -> upright RGB picture; raises UnreadablePhoto.
-              The picture may be smaller than stored, but never under twice the side wanted
+              The picture may be smaller than stored, but never under three times the side wanted
     bad_share share of the photos first listed that were bad, 0 to 1
     sides     N times "train" or "val", where the source itself says so
     """
@@ -236,7 +236,9 @@ def photo_files(folder: Path) -> tuple[list[str], list[Excluded]]:
                 junk.append(Excluded(link, "a link to a folder, not followed", bad=False))
         for file in sorted(files):
             if file.startswith(".") or os.path.splitext(file)[1].lower() not in EXTENSIONS:
-                junk.append(Excluded(_printable(prefix + file), "not a photo", bad=False))
+                heic = file.lower().endswith((".heic", ".heif"))
+                reason = "HEIC is not read: convert it to JPEG" if heic else "not a photo"
+                junk.append(Excluded(_printable(prefix + file), reason, bad=False))
             else:
                 photos.append(prefix + file)
     return photos, junk
@@ -273,8 +275,8 @@ class PhotoFolder:
 def decode(source: Path | bytes, shorter: int | None = None) -> Image.Image:
     """The photo at a path, or in memory, upright and in RGB; the first frame of an animation.
 
-    shorter: the side the caller will shrink the shorter side to. A JPEG of more than four times
-    that is then decoded at a reduced scale, still at least twice as large as asked.
+    shorter: the side the caller will shrink the shorter side to. A JPEG of at least six times
+    that is then decoded at a reduced scale, still at least three times as large as asked.
     Raises UnreadablePhoto with the reason, DataError where the system refuses to read the file.
     """
     try:
@@ -285,7 +287,7 @@ def decode(source: Path | bytes, shorter: int | None = None) -> Image.Image:
             _check_whole(file, image.format)
             orientation = _orientation(image)
             if shorter is not None:
-                scale = 2 * shorter / min(width, height)
+                scale = 3 * shorter / min(width, height)
                 image.draft(None, (round(width * scale), round(height * scale)))
             picture = _to_rgb(image)
     except (UnreadablePhoto, MemoryError):
