@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,11 @@ def _resumed(config: Config, argv: list[str]) -> Config:
     return replace(old, run=run, data=data)
 
 
-def train(config: Config, command: str) -> dict[str, Any]:
-    """Run the job of `config`; returns what summary.json holds. Raises LapisError."""
+def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> dict[str, Any]:
+    """Run the job of `config`, with more listeners `watching`; returns what summary.json holds.
+
+    Raises LapisError.
+    """
     started = time.perf_counter()
     device = choose_device(config.run.device)
     amp_dtype = choose_amp(config.run.amp, device)
@@ -186,7 +190,10 @@ def train(config: Config, command: str) -> dict[str, Any]:
     listeners = [
         Recorder(folder, fixed),
         Progress(config.optim.epochs, done=len(training.history)),
+        *watching,
     ]
+    for listener in listeners:
+        listener.run_started(folder, training)
     try:
         fed = train_loader if pixels is None else ViewLoader(train_loader)
         fit(training, fed, val_loader, len(classes), listeners)

@@ -1,0 +1,122 @@
+"""Named ranges on a profiler's timeline: epoch, step, data, forward, backward, optimizer, layers.
+
+They cost next to nothing until a profiler switches them on. `models` and `train` import this file
+and nothing else of `profiling`, so it imports nothing of ours.
+
+The ranges stand in NVTX's domain `lapis`, through the package `nvtx` or, where that is missing,
+`torch.cuda.nvtx`, which knows no domains. A step that is replayed from a CUDA graph runs no Python:
+then there is the range of the whole step, and none inside it.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import nvtx
+except ImportError:  # the package exists for Linux alone
+    nvtx = None
+
+DOMAIN = "lapis"
+DETAIL = " | "  # between the name of a range and its shape
+
+Payload = int | Sequence[int | str] | None
+Opener = Callable[[str, Payload], AbstractContextManager]
+
+_NOTHING = nullcontext()
+_opener: Opener | None = None
+_names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def range(name: str, payload: Payload = None) -> AbstractContextManager:
+    """A range called `name` around what the `with` statement encloses, on this thread.
+
+    payload: a number, or a shape that may end in words, which is written behind the name because
+    NVTX's own payload is a number.
+    """
+    return _NOTHING if _opener is None else _opener(name, payload)
+
+
+def through(
+    layer: Callable[[Tensor], Tensor], name: str, x: Tensor, last: Tensor | None = None
+) -> Tensor:
+    """layer(x), in a range called `name`, and so its backward.
+
+    The backward begins when the gradient of the output arrives and ends when that of x is known,
+    or that of the weight `last` where x needs none. No module hooks, so that nothing that the layer
+    contains takes another path for being watched.
+    """
+    if _opener is None:
+        return layer(x)
+    with range(name, x.shape):
+        y = layer(x)
+    end = x if x.requires_grad else last
+    if y.requires_grad and end is not None and end.requires_grad:
+        backward = range(name, x.shape)
+        # hooks of a tensor run before those of the node that made it: so what follows this layer
+        # has ended when this layer begins
+        _once(y.grad_fn.register_prehook, backward.__enter__)
+        _once(end.register_hook, lambda: backward.__exit__(None, None, None))
+    return y
+
+
+def _once(register: Callable, act: Callable[[], object]) -> None:
+    """Do `act` the first time that the hook runs which `register` registers."""
+
+    def hook(_gradients: object) -> None:
+        handle.remove()
+        act()
+
+    handle = register(hook)
+
+
+def name_of(module: nn.Module) -> str:
+    """The module's name in the model whose ranges are on, or that of its class; empty when off."""
+    return "" if _opener is None else _names.get(module) or type(module).__name__
+
+
+def switch_on(model: nn.Module | None = None, opener: Opener | None = None) -> None:
+    """Open ranges from now on, those of blocks under their names in `model`.
+
+    opener: what opens one, for another profiler than NVTX's.
+    """
+    global _opener
+    _opener = opener or (nvtx_range if nvtx is not None else cuda_range)
+    _names.clear()
+    if model is not None:
+        _names.update({module: name for name, module in model.named_modules()})
+
+
+def switch_off() -> None:
+    """Open no more ranges; those that are open end as they would."""
+    global _opener
+    _opener = None
+    _names.clear()
+
+
+def text_of(name: str, payload: Payload) -> str:
+    """The text of a range: its name, and its shape if that is its payload."""
+    if payload is None or isinstance(payload, int):
+        return name
+    sizes = "x".join(str(size) for size in payload if isinstance(size, int))
+    words = [word for word in payload if isinstance(word, str)]
+    return name + DETAIL + " ".join([sizes, *words])
+
+
+def nvtx_range(name: str, payload: Payload) -> AbstractContextManager:
+    """A range of the package `nvtx`."""
+    number = payload if isinstance(payload, int) else None
+    return nvtx.annotate(text_of(name, payload), domain=DOMAIN, payload=number)
+
+
+def cuda_range(name: str, payload: Payload) -> AbstractContextManager:
+    """A range of `torch.cuda.nvtx`, which takes no payload; it needs no GPU."""
+    return torch.cuda.nvtx.range(text_of(name, payload))
+
+
+def profiler_range(name: str, payload: Payload) -> AbstractContextManager:
+    """A range of `torch.profiler`."""
+    return torch.profiler.record_function(f"{DOMAIN}:{text_of(name, payload)}")
