@@ -32,16 +32,16 @@ def read_sqlite(path: Path) -> Trace:
         finally:
             database.close()
     except sqlite3.Error as error:
-        raise DataError(f"{path} is no export of Nsight Systems ({error}): profile again") from error
+        raise DataError(
+            f"{path} is no export of Nsight Systems ({error}): profile again"
+        ) from error
 
 
 def _select(database: sqlite3.Connection, tables: set[str], table: str, columns: str) -> list:
     return database.execute(f"select {columns} from {table}").fetchall() if table in tables else []
 
 
-def _ranges(
-    database: sqlite3.Connection, tables: set[str], strings: dict[int, str]
-) -> list[Range]:
+def _ranges(database: sqlite3.Connection, tables: set[str], strings: dict[int, str]) -> list[Range]:
     """Ours where there is our domain, else those of no domain, as `torch.cuda.nvtx` makes them.
 
     One that had not ended when the recording did is left out.
@@ -63,7 +63,9 @@ def _kernels(
 ) -> list[Kernel]:
     calls: dict[tuple[int, int], tuple[int, int]] = {}  # the outermost call of each launch
     table = "CUPTI_ACTIVITY_KIND_RUNTIME"
-    for start, thread, number in _select(database, tables, table, "start, globalTid, correlationId"):
+    for start, thread, number in _select(
+        database, tables, table, "start, globalTid, correlationId"
+    ):
         key = (thread >> 24, number)
         calls[key] = min(calls.get(key, (start, thread)), (start, thread))
     found = []

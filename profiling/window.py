@@ -151,8 +151,17 @@ class Window(Listener):
             torch.cuda.synchronize()
 
 
-def profile_training(config: Config, command: str, settings: Settings, recorder: Recorder) -> None:
+def parse_training(flags: Sequence[str]) -> Config:
+    """The training of these flags. Raises UsageError; unknown flags end in exit 2."""
+    if any(flag.split("=")[0] == "--resume" for flag in flags):
+        raise UsageError("--resume would train the run on: profile with the flags of the run")
+    return run.parse(list(flags))
+
+
+def profile_training(flags: Sequence[str], settings: Settings, recorder: Recorder) -> None:
     """Train until the window is over; nothing of the run stays. Raises LapisError."""
+    config = parse_training(flags)
+    command = shlex.join(["python", "-m", "train.run", *flags])
 
     def over(_folder: Path) -> None:
         raise WindowOver
@@ -205,8 +214,7 @@ def main(argv: list[str] | None = None) -> int:
         own, flags = split_flags(words, "profiling.window --capture nvtx")
         args = parser.parse_args(own)
         recorder = NsysByCuda() if args.capture == "cuda" else NsysByRange()
-        command = shlex.join(["python", "-m", "train.run", *flags])
-        profile_training(run.parse(flags), command, settings_of(args), recorder)
+        profile_training(flags, settings_of(args), recorder)
     except LapisError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -41,13 +41,13 @@ from train.run_report import write_report
 from train.training import NonFiniteLoss, Training
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train as the flags say; returns the exit code."""
+def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> int:
+    """Train as the flags say, with more listeners `watching`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]))
+        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]), watching)
     except (LapisError, BackendUnavailable) as error:
         if debug:
             raise
