@@ -7,6 +7,7 @@ runs it under Nsight Systems, which records only what is in the window.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -70,6 +71,8 @@ class Kineto(Recorder):
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        else:  # it would complain about the GPU that is not there
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = torch.profiler.profile(activities=kinds, acc_events=True)
         self._profile.start()
 

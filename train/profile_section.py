@@ -36,12 +36,12 @@ def add_profile(page: Page, folder: Path) -> None:
         plot=True,
     )
     kind, traced = KINDS[profile["device"]], profile["device"] != "none"
-    header = ["range", "shape", "a step", f"{kind}, ms", "share"]
-    caption = f"Means over {profile['steps']} steps, recorded by {profile['source']}."
+    header = ["range", "shape", f"{kind}, ms", "share"]
+    caption = f"Means a step, over {profile['steps']} steps recorded by {profile['source']}."
     if traced:
-        header += ["kernels", "gaps, ms", "host, ms", "longest kernel"]
+        header += ["kernels", "gaps, ms", "host, ms", "longest"]
         caption += (
-            " A kernel belongs to the range that launched it; gaps are time between its first and"
+            " A kernel (on a CPU an operator) belongs to the range that launched it; gaps are time between its first and"
             " last kernel in which nothing ran; host is how long the range was open."
         )
     page.table(header, rows, caption)
@@ -75,7 +75,7 @@ def table_rows(profile: Mapping[str, Any]) -> list[list[object]]:
     for row in profile["rows"]:
         indent = INDENT * (len(row["path"]) - 1)
         share = None if row["share"] is None else f"{100 * row['share']:.1f} %"
-        cells = [indent + row["path"][-1], row["shape"], f"{row['count'] / steps:.4g}"]
+        cells = [indent + row["path"][-1], row["shape"]]
         if not traced:
             found.append([*cells, _ms(row["host"], profile), share])
             continue
