@@ -8,12 +8,14 @@ The ranges stand in NVTX's domain `lapis`, through the package `nvtx` or, where 
 then there is the range of the whole step, and none inside it.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 try:
     import nvtx
@@ -46,8 +48,8 @@ def through(
     """layer(x), in a range called `name`, and so its backward.
 
     The backward begins when the gradient of the output arrives and ends when that of x is known,
-    or that of the weight `last` where x needs none. No module hooks, so that nothing that the layer
-    contains takes another path for being watched.
+    or that of the weight `last` where x needs none. Hooks of tensors, not of modules, so that
+    nothing in the layer takes another path for being watched.
     """
     if _opener is None:
         return layer(x)
@@ -56,21 +58,29 @@ def through(
     end = x if x.requires_grad else last
     if y.requires_grad and end is not None and end.requires_grad:
         backward = range(name, x.shape)
-        # hooks of a tensor run before those of the node that made it: so what follows this layer
-        # has ended when this layer begins
-        _once(y.grad_fn.register_prehook, backward.__enter__)
-        _once(end.register_hook, lambda: backward.__exit__(None, None, None))
+        y.register_hook(lambda _: _begin(backward))
+        handle = end.register_hook(lambda _: _end(backward, handle if end.is_leaf else None))
     return y
 
 
-def _once(register: Callable, act: Callable[[], object]) -> None:
-    """Do `act` the first time that the hook runs which `register` registers."""
+# the backward range of a layer that is open on a thread: where two layers meet, the end of the one
+# and the beginning of the other are hooks of one tensor, which run in the wrong order
+_layers = threading.local()
 
-    def hook(_gradients: object) -> None:
+
+def _begin(backward: AbstractContextManager) -> None:
+    _end(getattr(_layers, "open", None))
+    _layers.open = backward
+    backward.__enter__()
+
+
+def _end(backward: AbstractContextManager | None, handle: RemovableHandle | None = None) -> None:
+    """End that range if it is still open; remove the hook from a tensor that outlives the step."""
+    if handle is not None:
         handle.remove()
-        act()
-
-    handle = register(hook)
+    if backward is not None and getattr(_layers, "open", None) is backward:
+        _layers.open = None
+        backward.__exit__(None, None, None)
 
 
 def name_of(module: nn.Module) -> str:

@@ -64,15 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     samplers = {"off": plain, "on": Sampler(sample_on, plain.method)}
     found = measure(samplers, args.rounds)
     ratio, low, high = speedup(found["on"], found["off"])
-    one = measure({"off": loop_sampler([off] * 1000, torch.device("cpu"))}, 21)["off"].median_us
-    step_us = found["off"].median_us
-    print(
-        f"{args.model}, batch {args.batch}, {args.image_size} px on {device.type}: {opened} ranges"
-    )
-    print(
-        f"off: {one * 1e3:.0f} ns a range, {opened * one / step_us:.4%} of a {step_us:.0f} us step"
-    )
-    print(f"on:  {ratio - 1:+.2%} [{low - 1:+.2%}, {high - 1:+.2%}], {args.rounds} paired samples")
+    off_us, step_us = cost_of_one(), found["off"].median_us
+    nvtx.switch_on(model)
+    on_us = cost_of_one()
+    nvtx.switch_off()
+    print(f"{args.model}, batch {args.batch}, {args.image_size} px on {device.type}")
+    for name, us in (("off", off_us), ("on", on_us)):
+        share = opened * us / step_us
+        print(f"{name}: {us * 1e3:.0f} ns a range, {opened} ranges are {share:.4%} of a step")
+    change = f"{ratio - 1:+.2%} [{low - 1:+.2%}, {high - 1:+.2%}]"
+    print(f"a step of {step_us:.0f} us with ranges on: {change}, {args.rounds} paired samples")
     return 0
 
 

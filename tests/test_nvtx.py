@@ -131,14 +131,28 @@ def test_a_frozen_stem_has_no_backward(log):
     model.conv1.weight.requires_grad_(False)
     nvtx.switch_on(model, log)
     model(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert log.paths == [*LAYERS, *reversed(LAYERS[1:])]  # its norm is trained
+    assert log.paths == [*LAYERS, *reversed(LAYERS[1:])]  # layer1's input wants one: a norm's
     assert not any(log.stacks.values())
+
+
+def test_nothing_stays_hooked_to_a_weight(log):
+    model = build_model("micro_resnet")
+    nvtx.switch_on(model, log)
+    for _ in range(2):
+        model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert not model.conv1.weight._backward_hooks
+    assert len(log.opened) == 4 * len(LAYERS)
 
 
 @pytest.mark.parametrize(
     ("payload", "text"),
-    [(None, "x"), (7, "x"), ((8, 3, 4), "x | 8x3x4"), (torch.Size([8, 3]), "x | 8x3")]
-    + [((2, 64, "P4"), "x | 2x64 P4")],
+    [
+        (None, "x"),
+        (7, "x"),
+        ((8, 3, 4), "x | 8x3x4"),
+        (torch.Size([8, 3]), "x | 8x3"),
+        ((2, 64, "P4"), "x | 2x64 P4"),
+    ],
 )
 def test_text_of_a_range(payload, text):
     assert nvtx.text_of("x", payload) == text

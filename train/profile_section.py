@@ -41,8 +41,9 @@ def add_profile(page: Page, folder: Path) -> None:
     if traced:
         header += ["kernels", "gaps, ms", "host, ms", "longest"]
         caption += (
-            " A kernel (on a CPU an operator) belongs to the range that launched it; gaps are time between its first and"
-            " last kernel in which nothing ran; host is how long the range was open."
+            " A kernel, on a CPU an operator, belongs to the range that launched it; gaps are time"
+            " between its first and last kernel in which nothing ran; host is how long the range"
+            " was open."
         )
     page.table(header, rows, caption)
 
