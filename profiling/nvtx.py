@@ -57,30 +57,30 @@ def through(
         y = layer(x)
     end = x if x.requires_grad else last
     if y.requires_grad and end is not None and end.requires_grad:
-        backward = range(name, x.shape)
-        y.register_hook(lambda _: _begin(backward))
-        handle = end.register_hook(lambda _: _end(backward, handle if end.is_leaf else None))
+        shape = x.shape
+        y.register_hook(lambda _: _begin(name, shape))
+        handle = end.register_hook(lambda _: _end(name, handle if end.is_leaf else None))
     return y
 
 
-# the backward range of a layer that is open on a thread: where two layers meet, the end of the one
-# and the beginning of the other are hooks of one tensor, which run in the wrong order
+# name and range of the layer whose backward is open on a thread: where two layers meet, the end of
+# the one and the beginning of the other are hooks of one tensor, which run in the wrong order
 _layers = threading.local()
 
 
-def _begin(backward: AbstractContextManager) -> None:
-    _end(getattr(_layers, "open", None))
-    _layers.open = backward
-    backward.__enter__()
+def _begin(name: str, shape: torch.Size) -> None:
+    _end(getattr(_layers, "name", None))
+    _layers.name, _layers.range = name, range(name, shape)
+    _layers.range.__enter__()
 
 
-def _end(backward: AbstractContextManager | None, handle: RemovableHandle | None = None) -> None:
-    """End that range if it is still open; remove the hook from a tensor that outlives the step."""
+def _end(name: str | None, handle: RemovableHandle | None = None) -> None:
+    """End that layer if it is still open; remove the hook from a tensor that outlives the step."""
     if handle is not None:
         handle.remove()
-    if backward is not None and getattr(_layers, "open", None) is backward:
-        _layers.open = None
-        backward.__exit__(None, None, None)
+    if name is not None and getattr(_layers, "name", None) == name:
+        _layers.name = None
+        _layers.range.__exit__(None, None, None)
 
 
 def name_of(module: nn.Module) -> str:
