@@ -37,7 +37,7 @@ from profiling.ranges import Trace
 from profiling.rows import ROOT
 from profiling.traces import read_chrome, read_sqlite
 from profiling.window import CAPTURE, Kineto, Settings
-from train.errors import DataError, LapisError
+from train.errors import LapisError
 
 PLACES = ("/opt/nvidia/nsight-systems", "/usr/local/cuda/bin", "/usr/lib/nsight-systems/bin")
 
@@ -124,13 +124,14 @@ def record_nsys(
 
 
 def run_limited(command: Sequence[str], seconds: float, quiet: bool = False) -> int:
-    """Run a command in the checkout; its exit code. Raises ProfilerError when it takes too long,
+    """Run a command; its exit code. Raises ProfilerError when it takes too long,
     after ending it and all that it started."""
-    # 2022.4 sees ranges of the package `nvtx` only; by default it starts at registered names only
-    environment = os.environ | {"NSYS_NVTX_PROFILER_REGISTER_ONLY": "0"}
+    environment = os.environ | {
+        "NSYS_NVTX_PROFILER_REGISTER_ONLY": "0",  # or the window's name must be a registered string
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     process = subprocess.Popen(
         command,
-        cwd=ROOT,
         env=environment,
         start_new_session=True,
         stdout=subprocess.DEVNULL if quiet else None,
@@ -154,9 +155,9 @@ def record_kineto(settings: Settings, flags: Sequence[str], trace: Path | None) 
     with tempfile.TemporaryDirectory() as folder:
         path = trace or Path(folder) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        window.profile_training(flags, settings, Kineto(path))
-        if not path.exists():
-            raise DataError("torch.profiler recorded nothing: profile again with more --steps")
+        status = window.profile_training(flags, settings, Kineto(path))
+        if status:  # the training has said why
+            raise SystemExit(status)
         return read_chrome(path)
 
 
@@ -190,7 +191,7 @@ def profile(own: list[str], flags: list[str], command: str) -> None:
     parser.add_argument("--trace", type=Path, help="keep torch.profiler's trace in this file")
     args = parser.parse_args(own)
     settings = window.settings_of(args)
-    window.parse_training(flags)  # a wrong flag of the training ends here, before nsys starts
+    window.check_training(flags)  # a wrong flag of the training ends here, before nsys starts
     old = None if args.against is None else read_profile(args.against)
     args.out.mkdir(parents=True, exist_ok=True)
     nsys = None if args.kineto or args.trace else find_nsys()

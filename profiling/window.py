@@ -8,19 +8,16 @@ runs it under Nsight Systems, which records only what is in the window.
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from profiling import nvtx
 from train import run
-from train.config import Config
 from train.errors import LapisError, UsageError
 from train.graphs import CapturedStep
 from train.loop import Listener
@@ -109,13 +106,11 @@ class Window(Listener):
 
     def run_started(self, folder: Path, training: Training) -> None:
         self.folder, self.training = folder, training
-        left, skip = training.total_steps - training.steps, self.settings.skip
-        if left <= skip:
-            raise UsageError(
-                f"the training has {left} steps and --skip {skip} leaves none to profile: lower"
-                " --skip, or train for more --epochs"
-            )
-        self.last = min(skip + self.settings.steps, left)
+        left = training.total_steps - training.steps
+        self.first = max(0, min(self.settings.skip, left - self.settings.steps))
+        self.last = min(self.first + self.settings.steps, left)
+        if self.first < self.settings.skip:
+            print(f"the training has {left} steps: its last {self.last - self.first} are profiled")
         if isinstance(training.run_step, CapturedStep):
             if self.settings.no_graph:
                 training.run_step = training.step
@@ -124,12 +119,14 @@ class Window(Listener):
                     "the step is replayed from a CUDA graph, within which phases and layers cannot"
                     " be told apart: --no-graph launches every kernel and shows them"
                 )
-        if not skip:
+        if not self.first < self.last:  # a run that is resumed after its end
+            return
+        if not self.first:
             self._start()
 
     def step_ended(self, step: Step) -> None:
         self.seen += 1
-        if self.seen == self.settings.skip:
+        if self.seen == self.first:
             self._start()
         elif self.seen == self.last:
             self.close()
@@ -154,29 +151,30 @@ class Window(Listener):
             torch.cuda.synchronize()
 
 
-def parse_training(flags: Sequence[str]) -> Config:
-    """The training of these flags. Raises UsageError; unknown flags end in exit 2."""
+def check_training(flags: Sequence[str]) -> None:
+    """Raise UsageError for flags that cannot be profiled; unknown ones end in exit 2."""
     if any(flag.split("=")[0] == "--resume" for flag in flags):
         raise UsageError("--resume would train the run on: profile with the flags of the run")
-    return run.parse(list(flags))
+    run.parse(list(flags))
 
 
-def profile_training(flags: Sequence[str], settings: Settings, recorder: Recorder) -> None:
-    """Train until the window is over; nothing of the run stays. Raises LapisError."""
-    config = parse_training(flags)
-    command = shlex.join(["python", "-m", "train.run", *flags])
+def profile_training(flags: Sequence[str], settings: Settings, recorder: Recorder) -> int:
+    """Train until the window is over; nothing of the run stays. Returns the exit code of a training
+    that failed, which has said why, or 0."""
 
     def over(_folder: Path) -> None:
         raise WindowOver
 
     window = Window(settings, recorder, over)
-    with ExitStack() as stack:
-        out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "run"
-        stack.callback(window.close)
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            run.train(replace(config, run=replace(config.run, out=out)), command, [window])
+            return run.main([*flags, "--out", str(Path(scratch) / "run")], [window])
         except WindowOver:
-            print(f"profiled {window.last - settings.skip} steps after {settings.skip}", flush=True)
+            steps = window.last - window.first
+            print(f"profiled {steps} steps after the first {window.first}", flush=True)
+            return 0
+        finally:
+            window.close()
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -217,11 +215,11 @@ def main(argv: list[str] | None = None) -> int:
         own, flags = split_flags(words, "profiling.window --capture nvtx")
         args = parser.parse_args(own)
         recorder = NsysByCuda() if args.capture == "cuda" else NsysByRange()
-        profile_training(flags, settings_of(args), recorder)
+        check_training(flags)
+        return profile_training(flags, settings_of(args), recorder)
     except LapisError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from profiling import nsys, train_profile, window
 from profiling.traces import read_chrome
 from tests.test_graphs import Rerun, captured
 from tests.test_nvtx import LAYERS
-from tests.test_step import OPTIM, Batches
+from tests.test_step import Batches
 from train import run
-from train.errors import UsageError
 from train.loop import fit
 from train.page import Page
 from train.profile_section import add_profile
@@ -124,7 +123,6 @@ def test_flags_without_the_two_dashes(command, capsys):
         ([], ["--fused", "--backend", "eager"], "--fused means --backend auto"),
         ([], ["--resume", "runs/x"], "profile with the flags of the run"),
         (["--against", "nowhere"], QUICK, "nowhere/profile.json is no profile"),
-        (["--kineto", "--skip", "8"], QUICK, "has 8 steps and --skip 8 leaves none"),
     ],
 )
 def test_what_cannot_be_profiled_says_so(own, flags, message, tmp_path, capsys):
@@ -220,16 +218,31 @@ def test_a_captured_step_runs_launch_by_launch_if_asked(no_graph, tmp_path, caps
     assert (recorder.calls, folders) == (["start", "stop"], [tmp_path])
 
 
-def test_a_window_ends_with_the_training(tmp_path):
+@pytest.mark.parametrize(("skip", "steps", "first"), [(0, 1000, 0), (100, 3, 5), (2, 9, 0)])
+def test_a_training_shorter_than_the_window(skip, steps, first, tmp_path, capsys):
     recorder, folders = Counting(), []
-    training = captured(Rerun())
-    training.total_steps = 4 * OPTIM.epochs
-    watch = window.Window(window.Settings(0, 1000, True), recorder, folders.append)
+    training = captured(Rerun())  # of eight steps
+    watch = window.Window(window.Settings(skip, steps, True), recorder, folders.append)
     watch.run_started(tmp_path, training)
-    fit(training, Batches((8,) * 4), None, 5, [watch])
+    fit(training, Batches((8,) * 8), None, 5, [watch])
     assert (recorder.calls, folders) == (["start", "stop"], [tmp_path])
-    with pytest.raises(UsageError, match="leaves none to profile"):
-        watch.run_started(tmp_path, training)
+    assert (watch.first, watch.last) == (first, 8)
+    late = window.Window(window.Settings(0, 3, True), Counting(), folders.append)
+    late.run_started(tmp_path, training)  # resumed after its end
+    assert late.recorder.calls == []
+
+
+@pytest.mark.parametrize("command", [nsys, window])
+def test_a_training_that_fails_says_why_and_ends_with_its_code(command, tmp_path, capsys):
+    own = ["--kineto"] if command is nsys else ["--capture", "nvtx"]
+    out = ["--out", str(tmp_path / "out")] if command is nsys else []
+    flags = [*QUICK, "--data", str(tmp_path / "nowhere")]
+    try:
+        status = command.main([*own, *out, "--", *flags])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 3
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_a_damaged_profile_is_named_and_the_report_still_written(tmp_path):

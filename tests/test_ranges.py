@@ -6,6 +6,7 @@ import sqlite3
 
 import pytest
 
+from profiling.profile_files import write_page, write_profile
 from profiling.ranges import Kernel, Range, Summary, Trace, difference, summarise
 from profiling.traces import read_chrome, read_sqlite
 from train.errors import DataError
@@ -146,6 +147,21 @@ def test_both_files_say_what_the_lists_say(tmp_path):
         found = summarise(trace)
         assert numbers(found) == EXPECTED
         assert (found.steps, found.outside, found.device) == (2, 1, "GPU")
+
+
+def test_a_profile_of_a_gpu_in_its_files(tmp_path):
+    """Kernels that run after their step ended are in the picture, and nothing is said of layers
+    where a CUDA graph hides them."""
+    write_profile(tmp_path / "layers", TRACE, "Nsight Systems")
+    write_page(tmp_path / "layers", "command", summarise(TRACE), "before")
+    page = (tmp_path / "layers" / "profile.html").read_text()
+    for text in ("GPU time", "8x3", "dgrad", "Against before", "layer2.0"):
+        assert text in page
+    steps = [r for r in RANGES if r.text == "step"]
+    write_profile(tmp_path / "graph", Trace(steps, KERNELS, "GPU"), "Nsight Systems")
+    write_page(tmp_path / "graph", "command")
+    for name in ("layers", "graph"):
+        assert (tmp_path / name / "profile.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ranges_without_a_domain_and_without_kernels(tmp_path):
