@@ -184,9 +184,13 @@ def profile(own: list[str], flags: list[str], command: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     window.add_settings(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/profile"), help="folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/profile"), help="folder to write (%(default)s)"
+    )
     parser.add_argument("--against", type=Path, help="folder of an earlier profile")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds nsys may take")
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="seconds nsys may take (%(default)s)"
+    )
     parser.add_argument("--kineto", action="store_true", help="torch.profiler instead of nsys")
     parser.add_argument("--trace", type=Path, help="keep torch.profiler's trace in this file")
     args = parser.parse_args(own)

@@ -122,9 +122,9 @@ def _bar(axes: Axes, lane: int, start: int, end: int, whole: int, colour: str) -
 
 
 def _draw_layers(axes: Axes, layers: dict[str, dict[str, float]], summary: Summary) -> None:
-    if not layers:
+    if set(layers) <= {"rest"}:
         axes.set_axis_off()
-        text = "the phases of the step are not visible in its CUDA graph"
+        text = "layers are not visible in the step's CUDA graph: --no-graph shows them"
         axes.text(0.5, 0.5, text, ha="center", va="center", color=SOFT, fontsize=9)
         return
     names = list(layers)

@@ -179,8 +179,8 @@ def profile_training(flags: Sequence[str], settings: Settings, recorder: Recorde
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The flags of `Settings`."""
-    parser.add_argument("--skip", type=int, default=5, help="steps before the window")
-    parser.add_argument("--steps", type=int, default=10, help="steps in the window")
+    parser.add_argument("--skip", type=int, default=5, help="steps before the window (%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps in the window (%(default)s)")
     parser.add_argument(
         "--no-graph", action="store_true", help="launch every kernel instead of a CUDA graph"
     )

@@ -62,10 +62,10 @@ def verdict(profile: Mapping[str, Any]) -> str:
         if found:
             most = max(found, key=lambda row: row[what])
             name = "'s ".join(reversed(most["path"][1:]))
-            sentence += f", {name} {100 * most[what] / step[what]:.0f} % of it"
+            sentence += f", {name} {100 * most[what] / step[what]:.0f}\u00a0% of it"
     if what == "device":
         idle = step["gaps"] / (step["gaps"] + step["device"])
-        sentence += f"; nothing runs for {100 * idle:.0f} % of the time between kernels"
+        sentence += f"; nothing runs for {100 * idle:.0f}\u00a0% of the time between kernels"
     return sentence + "."
 
 
