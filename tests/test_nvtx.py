@@ -122,7 +122,7 @@ def test_off_means_off(log):
 def test_evaluation_leaves_no_backward_range_open(log):
     run = training(OPTIM)
     nvtx.switch_on(run.model, log)
-    evaluate(run, run.model.eval(), Batches((8,)), 5)
+    evaluate(run, run.model.eval(), Batches((8,)))
     assert log.paths == LAYERS
 
 
