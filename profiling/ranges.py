@@ -95,8 +95,9 @@ class Opened(NamedTuple):
 
     @property
     def path(self) -> tuple[str, ...]:
-        own = (self.range.text.split(DETAIL)[0],)
-        return own if self.parent is None else (*self.parent.path, *own)
+        """Names from the outermost in; from a step on, for the epoch around it may be cut off."""
+        name = self.range.text.split(DETAIL)[0]
+        return (name,) if self.parent is None or name == STEP else (*self.parent.path, name)
 
 
 class Nesting:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from profiling import nsys, train_profile, window
+from profiling.profile_files import write_profile
+from profiling.ranges import Range, Trace
 from profiling.traces import read_chrome
 from tests.test_graphs import Rerun, captured
 from tests.test_nvtx import LAYERS
@@ -251,6 +253,11 @@ def test_a_damaged_profile_is_named_and_the_report_still_written(tmp_path):
         page = Page("report")
         add_profile(page, tmp_path)
         assert "profile the training again" in page.html()
+    write_profile(tmp_path, Trace([Range("step", 1, 0, 9)], [], "none"), "test")
+    (tmp_path / "profile.png").unlink()
+    page = Page("report")
+    add_profile(page, tmp_path)
+    assert "profile.png" in page.html()
     (tmp_path / "profile.json").unlink()
     page = Page("report")
     add_profile(page, tmp_path)

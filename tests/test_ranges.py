@@ -174,6 +174,15 @@ def test_ranges_without_a_domain_and_without_kernels(tmp_path):
     assert shares["step", "backward", "layer2.0"] == 190 / 2000
 
 
+def test_a_step_is_the_same_row_whether_or_not_its_epoch_is_whole():
+    found = summarise(Trace([*RANGES, Range("epoch", MAIN, 1900, 3500)], KERNELS, "GPU"))
+    rows = numbers(found)
+    epoch = rows.pop(("epoch",))
+    assert rows == EXPECTED
+    assert epoch == (1, 1600, 100, 1, 0)
+    assert found.steps == 2
+
+
 def test_kernels_that_overlap_leave_no_gap_and_are_both_counted():
     kernels = [Kernel("a", MAIN, 10, 100, 300), Kernel("b", MAIN, 20, 200, 250)]
     kernels += [Kernel("c", MAIN, 30, 290, 400), Kernel("d", MAIN, 40, 450, 460)]

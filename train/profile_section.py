@@ -24,12 +24,13 @@ def add_profile(page: Page, folder: Path) -> None:
     try:
         profile = json.loads(path.read_bytes())
         sentence, rows = verdict(profile), table_rows(profile)
-    except (ValueError, KeyError, TypeError) as error:
-        page.note("warn", f"`{path.name}` is damaged ({error}): profile the training again.")
+        picture = path.with_suffix(".png").read_bytes()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        page.note("warn", f"The profile is damaged ({error}): profile the training again.")
         return
     page.note("info", sentence)
     page.figure(
-        folder / "profile.png",
+        picture,
         "Above, the step of median length: what the host has open, and below it what ran. Then the"
         " layers, forward and backward, with their share of a step.",
         "Timeline of a training step, and the time of every layer; the table below holds the same.",
