@@ -13,6 +13,7 @@ from kernels.launch import runs_triton
 from models import plans, trunk
 from models.units import BatchNormAct, TrunkBlock, compute_dtype, hooked, takes
 from models.weight_copies import in_type
+from profiling import nvtx
 
 UNASKED = "nobody asked for it"
 
@@ -45,7 +46,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
             # once for each reason: the same sentence is not shown twice
             warnings.warn(f"{len(alone)} blocks train one by one: {reason}", stacklevel=2)
         for block in alone:
-            x = block(x)
+            x = nvtx.through(block, nvtx.name_of(block), x)
     return x
 
 
@@ -167,7 +168,8 @@ def describe(block: TrunkBlock, weights: Iterator[Tensor]) -> trunk.Block:
     chained = tuple(convs[: len(acts)])
     shortcut = convs[-1] if block.downsample is not None else None
     plan = trunk.PLANS[plans.BASELINE]
-    return trunk.Block(plan, chained, acts, shortcut, block.adds, block.preact)
+    name = nvtx.name_of(block)
+    return trunk.Block(plan, chained, acts, shortcut, block.adds, block.preact, name)
 
 
 Chosen = dict[str, dict[str, tuple[int, str]]]

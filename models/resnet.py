@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.blocks import BasicBlock, PlainBlock, PreActBlock
 from models.layers import run_layers
 from models.units import BatchNormAct, TrunkBlock, linear, set_backend, stem
+from profiling import nvtx
 
 STEMS = ("imagenet", "small")
 INITS = ("kaiming", "xavier", "zeros", "constant")
@@ -58,11 +59,16 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(c_in, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.maxpool is None:
-            x = self.bn1(self.conv1(x))
-        else:
-            x = stem(self.conv1, self.bn1, self.maxpool, x)
+        x = nvtx.through(self._stem, "stem", x, self.conv1.weight)
         x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
+        return nvtx.through(self._head, "head", x)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        if self.maxpool is None:
+            return self.bn1(self.conv1(x))
+        return stem(self.conv1, self.bn1, self.maxpool, x)
+
+    def _head(self, x: Tensor) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
         return linear(self.fc, self.dropout(self.avgpool(x).flatten(1)))

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from kernels import bn_passes
 from kernels.bn_checks import Norm
 from kernels.conv_dgrad import Before
-from kernels.conv_prologue import Normed
+from kernels.conv_prologue import Normed, stored_h
 from kernels.launch import nhwc
 from models.launches import (
     PLANS,
@@ -53,6 +53,7 @@ from models.launches import (
     norm_of,
     sum_backward,
 )
+from profiling import nvtx
 
 __all__ = ["PLANS", "Block", "Conv", "Plan", "cast", "run"]
 
@@ -60,7 +61,8 @@ __all__ = ["PLANS", "Block", "Conv", "Plan", "cast", "run"]
 class Block(NamedTuple):
     """convs with their acts, one after another; `shortcut` is the convolution of the residual,
     `adds` whether there is a residual at all. preact: norm and act come before each convolution,
-    neither before one whose act is None; the shortcut has no norm."""
+    neither before one whose act is None; the shortcut has no norm.
+    name: what a profiler shows the block as."""
 
     plan: Plan
     convs: tuple[Conv, ...]
@@ -68,6 +70,7 @@ class Block(NamedTuple):
     shortcut: Conv | None
     adds: bool
     preact: bool = False
+    name: str = ""
 
 
 class Unit(NamedTuple):
@@ -195,10 +198,11 @@ class _Trunk(torch.autograd.Function):
         ctx.save_for_backward(h, *parameters)  # for the check that nobody writes into them
         statistics = None
         for block in blocks:
-            if block.preact:
-                h, statistics, units = forward_preact(block, h, statistics)
-            else:
-                h, units = forward_block(block, h)
+            with nvtx.range(block.name, (*h.shape, block.plan.name)):
+                if block.preact:
+                    h, statistics, units = forward_preact(block, h, statistics)
+                else:
+                    h, units = forward_block(block, h)
             saved.append(units)
         ctx.blocks, ctx.saved = blocks, saved
         ctx.kinds = [parameter.dtype for parameter in parameters]
@@ -220,11 +224,12 @@ class _Trunk(torch.autograd.Function):
         for block in reversed(ctx.blocks):
             units = saved.pop()  # freed as soon as the block is done
             wanted = bool(saved) or ctx.needs_input_grad[2]
-            if block.preact:
-                arriving, parameters = backward_preact(block, units, arriving, wanted)
-            else:
-                before = saved[-1][-1].made if saved else None
-                arriving, parameters = backward_block(block, units, arriving, before, wanted)
+            with nvtx.range(block.name, (*stored_h(units[0].h).shape, block.plan.name)):
+                if block.preact:
+                    arriving, parameters = backward_preact(block, units, arriving, wanted)
+                else:
+                    before = saved[-1][-1].made if saved else None
+                    arriving, parameters = backward_block(block, units, arriving, before, wanted)
             gradients = parameters + gradients
         return None, None, arriving, *cast(gradients, ctx.kinds)
 

@@ -5,12 +5,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from profiling import nvtx
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, ViewLoader
 from train.metrics import fit_temperature
@@ -24,6 +26,8 @@ class Listener:
 
     A GPU's `step_ended` comes some steps late, so that the host need not wait for it.
     """
+
+    def run_started(self, folder: Path, training: Training) -> None: ...
 
     def epoch_started(self, epoch: int, steps: int) -> None: ...
 
@@ -43,10 +47,11 @@ def fit(
     for epoch in range(len(training.history) + 1, training.config.epochs + 1):
         for listener in listeners:
             listener.epoch_started(epoch, len(train_loader))
-        record = {"epoch": epoch, **train_epoch(training, train_loader, epoch, listeners)}
+        with nvtx.range("epoch", epoch):
+            record = {"epoch": epoch, **train_epoch(training, train_loader, epoch, listeners)}
         record |= {"val_loss": None, "val_accuracy": None}
         if val_loader is not None:
-            with evaluating(training) as model:
+            with nvtx.range("validation", epoch), evaluating(training) as model:
                 logits, labels = evaluate(training, model, val_loader)
             confusion = count_confusion(logits, labels, num_classes)
             accuracy = confusion.diagonal().sum().item() / len(labels)
@@ -102,8 +107,12 @@ def finished_steps(
     """The steps of one epoch as they finish. Raises NonFiniteLoss."""
     late = LATE if training.device.type == "cuda" else 0
     underway: deque[Underway] = deque()
-    for number, batch in enumerate(loader.epoch(epoch), start=1):
-        underway.append(training.train_step(batch, epoch, number))
+    batches = iter(loader.epoch(epoch))
+    for number in range(1, len(loader) + 1):
+        with nvtx.range("step", number):
+            with nvtx.range("data"):
+                batch = next(batches)
+            underway.append(training.train_step(batch, epoch, number))
         if len(underway) > late:
             yield training.finish(underway.popleft())
     while underway:

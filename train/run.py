@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,13 @@ from train.run_report import write_report
 from train.training import NonFiniteLoss, Training
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train as the flags say; returns the exit code."""
+def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> int:
+    """Train as the flags say, with more listeners `watching`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]))
+        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]), watching)
     except (LapisError, BackendUnavailable) as error:
         if debug:
             raise
@@ -111,8 +112,11 @@ def _resumed(config: Config, argv: list[str]) -> Config:
     return replace(old, run=run, data=data)
 
 
-def train(config: Config, command: str) -> dict[str, Any]:
-    """Run the job of `config`; returns what summary.json holds. Raises LapisError."""
+def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> dict[str, Any]:
+    """Run the job of `config`, with more listeners `watching`; returns what summary.json holds.
+
+    Raises LapisError.
+    """
     started = time.perf_counter()
     device = choose_device(config.run.device)
     amp_dtype = choose_amp(config.run.amp, device)
@@ -186,7 +190,10 @@ def train(config: Config, command: str) -> dict[str, Any]:
     listeners = [
         Recorder(folder, fixed),
         Progress(config.optim.epochs, done=len(training.history)),
+        *watching,
     ]
+    for listener in listeners:
+        listener.run_started(folder, training)
     try:
         fed = train_loader if pixels is None else ViewLoader(train_loader)
         fit(training, fed, val_loader, len(classes), listeners)

@@ -9,6 +9,7 @@ import numpy as np
 from train.metrics import wilson
 from train.page import NoteKind, Page
 from train.plots import plot_confusion, plot_curves
+from train.profile_section import add_profile
 
 History = Sequence[Mapping[str, float | None]]
 
@@ -29,6 +30,7 @@ def write_report(
 
     `summary` and `history` are what `summary.json` and `metrics.jsonl` hold; `confusion` counts
     validation images `[true class, predicted class]` of the best epoch, in the order of `classes`.
+    A profile in `folder` (`profiling.train_profile`) is shown too.
     Raises `DiskError` when `folder` is not writable.
     """
     folder = Path(folder)
@@ -65,6 +67,7 @@ def write_report(
         )
     _split(page, summary.get("split") or {})
     _epochs(page, history)
+    add_profile(page, folder)
 
     page.section("Configuration")
     page.facts({_label(name): value for name, value in _flat(config)})

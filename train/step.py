@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.weight_copies import WeightCopies
+from profiling import nvtx
 from train.config import OptimConfig
 from train.optim import LossScale, WeightAverage, build_optimizer, update
 
@@ -82,16 +83,19 @@ class TrainingStep:
         # ---- the training step ------------------------------------------------------------------
         if partner is not None:
             images, lam = mix(images, images[partner], lam, box)
-        with autocast(self.device, self.amp_dtype), self.copies_in_use():
+        precision = autocast(self.device, self.amp_dtype)
+        with nvtx.range("forward", images.shape), precision, self.copies_in_use():
             logits = self.model(images)
         loss = mixed(self.loss, logits, labels, partner, lam)
-        self.scale.scaled(loss).backward()
+        with nvtx.range("backward"):
+            self.scale.scaled(loss).backward()
         skip = self.scale.unscale([p.grad for p in self.parameters if p.grad is not None], loss)
         for probe in self.probes:
             probe()
         if self.config.clip_grad:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad)
-        update(self.optimizer, skip, self.copies)
+        with nvtx.range("optimizer"):
+            update(self.optimizer, skip, self.copies)
         self.optimizer.zero_grad(set_to_none=True)
         self.scale.update(skip)
         # ------------------------------------------------------------------------------------------
