@@ -72,15 +72,14 @@ def _student(freedom: int) -> float:
 def _ratio_of_speedups(before: rows.Row, after: rows.Row) -> tuple[float, float, float] | None:
     if not (before["speedup"] and after["speedup"]) or before["baseline"] != after["baseline"]:
         return None
-    found = [[float(row[f"speedup{end}"]) for end in ("", "_low", "_high")] for row in (before, after)]
-    reach = math.hypot(*(math.log(high / low) / 2 for _, low, high in found))
-    ratio = found[1][0] / found[0][0]
+    reach = math.hypot(
+        *(math.log(float(r["speedup_high"]) / float(r["speedup_low"])) / 2 for r in (before, after))
+    )
+    ratio = float(after["speedup"]) / float(before["speedup"])
     return ratio, ratio * math.exp(-reach), ratio * math.exp(reach)
 
 
-def compare(
-    before: list[rows.Row], after: list[rows.Row], least: float = LEAST
-) -> list[Verdict]:
+def compare(before: list[rows.Row], after: list[rows.Row], least: float = LEAST) -> list[Verdict]:
     """A verdict for every job that was timed in both, in the order of `after`."""
     old, verdicts = newest(before), []
     for job, row in newest(after).items():
@@ -119,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if not verdicts:
         parser.error(f"{args.before} and {args.after} have no job in common")
-    counted = {word: sum(one.word == word for one in verdicts) for word in (FASTER, SLOWER, NOISE, WRONG)}
+    words = [one.word for one in verdicts]
+    counted = {word: words.count(word) for word in (FASTER, SLOWER, NOISE, WRONG)}
     for one in verdicts:
         print(one.describe())
     print(", ".join(f"{count} {word}" for word, count in counted.items()))

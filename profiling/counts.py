@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +41,9 @@ def of_kernels(found: list[dict[str, Any]]) -> Counts:
     for row in found:
         shape = "x".join(map(str, row["shape"]))
         name = f"{row['room']} {row['kernel']} {shape} {row['dtype']}"
-        one = counts.setdefault(name, dict.fromkeys(("programs", "registers", "spills", "shared"), 0))
+        one = counts.setdefault(
+            name, dict.fromkeys(("programs", "registers", "spills", "shared"), 0)
+        )
         one["programs"] += 1
         one["registers"] = max(one["registers"], -(-row["registers"] // 8) * 8)
         one["spills"] = max(one["spills"], row["spills"])

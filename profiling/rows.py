@@ -1,8 +1,9 @@
 """The one schema of every speed measurement: a CSV file that only grows, with a unique key.
 
 A row is one provider measured on one job: median, quartiles and number of samples, and the ratio to
-`baseline` with its 95 % interval where the numbers were right. A measurement repeated under the same key (same machine,
-versions, source and day's code) replaces the older row, so a suite that is resumed leaves no twins.
+`baseline` with its 95 % interval where the numbers were right. A measurement repeated under the
+same key (same machine, versions, source and day's code) replaces the older row, so a suite that is
+resumed leaves no twins.
 """
 
 import csv

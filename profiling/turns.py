@@ -126,9 +126,7 @@ def _serve(pipe: Connection, provider: Provider, job_file: Path) -> None:
             runner = prepare(provider, job)
             at_least = SAMPLE_US if device.type == "cuda" else 0.0
             sampler = timing.loop_sampler([runner.step], device, at_least)
-            facts = Facts(
-                runner.dtype, sampler.method, runner.first_step_s, runner.peak_memory_gb
-            )
+            facts = Facts(runner.dtype, sampler.method, runner.first_step_s, runner.peak_memory_gb)
             pipe.send(facts)
             while True:
                 what = pipe.recv()
