@@ -89,5 +89,16 @@ def _clause(one: Standing) -> str:
 
 
 def interval(middle: object, low: object, high: object) -> str:
-    """A ratio with its 95 % interval, two decimals: 1.70 [1.69, 1.71]."""
-    return f"{float(middle):.2f} [{float(low):.2f}, {float(high):.2f}]"
+    """A ratio with its 95 % interval that no line breaks: 1.70x [1.69, 1.71]."""
+    return f"{float(middle):.2f}x\u00a0[{float(low):.2f},\u00a0{float(high):.2f}]"
+
+
+def number(value: object) -> str:
+    """Four significant digits with thousands, or nothing for nothing."""
+    if value == "":
+        return ""
+    found = float(value)
+    if abs(found) < 0.1:
+        return f"{found:.3g}"
+    digits = max(0, 4 - len(str(int(abs(found)))))
+    return f"{found:,.{digits}f}"
