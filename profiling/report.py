@@ -148,7 +148,7 @@ def _point(row: rows.Row) -> tuple[str, float, float, float]:
 
 
 def _origin(document: Document, folder: Path, measured: list[rows.Row]) -> None:
-    document.section("Versions and commands")
+    document.section("Versions, and how to measure again")
     names = ("device", "torch", "triton", "cudnn", "driver", "commit", "date")
     document.facts(
         {name: ", ".join(dict.fromkeys(row[name] for row in measured)) for name in names}

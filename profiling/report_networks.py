@@ -31,14 +31,20 @@ def add_networks(
     )
     for job, of_job in jobs.items():
         samples = sorted({row["n"] for row in of_job if row["n"]}, key=int)
+        energy = any(row["joules_per_image"] for row in of_job)
+        heads = ("us/image", "quartiles", "images/s", "times the baseline", "peak GB",
+                 "first step, s", *(["J/image"] if energy else []), "numbers")  # fmt: skip
         document.table(
-            (_title(job, jobs), "us/image", "quartiles", "images/s", "times the baseline",
-             "peak GB", "first step, s", "J/image", "numbers"),
-            [_network_cells(row) for row in _sorted(of_job)],
-            f"Baseline {_baselines(of_job)}; {', '.join(samples)} samples each. The interval is a"
-            " 95 % bootstrap of the median of paired ratios. Numbers are right when their error"
-            " against float32 is at most twice that of eager bfloat16.",
-        )  # fmt: skip
+            (_title(job, jobs), *heads),
+            [_network_cells(row, energy) for row in _sorted(of_job)],
+            f"Baseline {_baselines(of_job)}; {' or '.join(samples)} samples each.",
+        )
+    document.text(
+        "The interval of a ratio to the baseline is a 95 % bootstrap of the median of the paired"
+        " ratios. Numbers are right when their error against float32 is at most twice that of eager"
+        " bfloat16. The first step includes building and compiling. Eager and compiled rows run"
+        " torchvision's network where it has one of that name."
+    )
 
 
 def _standing_cells(one: Standing, jobs: dict[Job, list[rows.Row]]) -> tuple[str, ...]:
@@ -84,18 +90,18 @@ def _ratio(row: rows.Row) -> str:
     return "baseline" if row["provider"] == row["baseline"] else ""
 
 
-def _network_cells(row: rows.Row) -> tuple[str, ...]:
+def _network_cells(row: rows.Row, energy: bool) -> tuple[str, ...]:
     if not row["us_per_image"]:
-        return (row["provider"], *[""] * 7, row["numerics"])
+        return (row["provider"], *[""] * (6 + energy), row["numerics"])
     return (
         row["provider"],
         number(row["us_per_image"]),
-        f"{number(row['low'])}\u2013{number(row['high'])}",
+        f"{number(row['low'])}\u2060\u2013\u2060{number(row['high'])}",
         number(row["images_per_second"]),
         _ratio(row),
         number(row["peak_memory_gb"]),
         number(row["first_step_s"]),
-        number(row["joules_per_image"]),
+        *([number(row["joules_per_image"])] if energy else []),
         row["numerics"],
     )
 

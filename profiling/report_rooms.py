@@ -26,6 +26,8 @@ def add_rooms(
         if row not in library:
             place = (row["model"], row["shape"], row["dtype"], row["mode"])
             found.setdefault(place, {})[row["provider"]] = row
+    order = list(dict.fromkeys(room for room, *_ in found))
+    found = dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
     names = [one for one in TIMED if any(one in by_name for by_name in found.values())]
     if found:
         document.table(
@@ -82,7 +84,7 @@ def _time(row: rows.Row | None) -> str:
     if row is None or not row["us_per_image"]:
         return ""
     us = float(row["us_per_image"]) * int(row["batch"])
-    return f"{number(us)} ({100 * float(row['floor_share']):.0f}\u00a0%)"
+    return f"{number(us)}\u00a0({100 * float(row['floor_share']):.0f}\u00a0%)"
 
 
 def _ratio(row: rows.Row | None) -> str:
