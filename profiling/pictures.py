@@ -18,7 +18,11 @@ from train.plots import GRID, INK, SOFT
 OURS, RIVAL, BASE, FALSE = "#c8672b", "#22578f", "#6b665c", "#c9c3b6"
 DPI = 192
 WIDTH = 7.2  # inches; the page lets it scroll on a phone rather than shrink
-PROVIDER_MARKS = {"reference": ("o", BASE), "compile": ("^", RIVAL), "fused": ("D", OURS)}
+MARKS = {
+    "reference": ("eager", "o", BASE),
+    "compile": ("compiled", "^", RIVAL),
+    "fused": ("ours", "D", OURS),
+}
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,12 @@ def draw_roofline(measured: Sequence[rows.Row], roofs: Roofs) -> bytes | None:
     ridge = roofs.matmul_tflop_s / roofs.copy_gb_s * 1e3
     span = np.geomspace(min(intensity.min(), ridge) / 2, max(intensity.max(), ridge) * 3, 200)
     for gb, style, name in ((roofs.copy_gb_s, "-", "memory"), (roofs.l2_gb_s, ":", "cache")):
-        if not gb:
-            continue
-        roof = np.minimum(gb * span * 1e-3, roofs.matmul_tflop_s)
-        axes.plot(span, roof, style, color=INK, linewidth=1.2)
-        axes.annotate(
-            f"{name}, {gb:,.0f} GB/s", (span[12], roof[12]), rotation_mode="anchor", rotation=32,
-            xytext=(0, 5), textcoords="offset points", fontsize=7.5, color=SOFT,
-        )  # fmt: skip
-    axes.annotate(
-        f"matrix product, {roofs.matmul_tflop_s:,.3g} TFLOP/s", (span[-1], roofs.matmul_tflop_s),
-        xytext=(0, 4), textcoords="offset points", ha="right", fontsize=7.5, color=SOFT,
-    )  # fmt: skip
+        if gb:
+            roof = np.minimum(gb * span * 1e-3, roofs.matmul_tflop_s)
+            named = f"{name}, {gb:,.0f} GB/s, up to {roofs.matmul_tflop_s:,.3g} TFLOP/s"
+            axes.plot(span, roof, style, color=INK, linewidth=1.2, label=named)
     for provider in dict.fromkeys(name for name, *_ in points):
-        marker, color = PROVIDER_MARKS.get(provider, ("s", "#2f7d55"))
+        name, marker, color = MARKS.get(provider, (provider, "s", "#2f7d55"))
         for right in (True, False):
             chosen = [
                 (x, one[1])
@@ -108,7 +104,7 @@ def draw_roofline(measured: Sequence[rows.Row], roofs: Roofs) -> bytes | None:
                 x, y = zip(*chosen, strict=True)
                 axes.scatter(
                     x, y, 26, marker=marker, facecolor=color if right else "none", edgecolor=color,
-                    alpha=0.85, label=provider if right else f"{provider}, wrong numbers",
+                    alpha=0.85, label=name if right else f"{name}, wrong numbers",
                 )  # fmt: skip
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("FLOPs a byte that must move", color=SOFT, fontsize=8.5)
