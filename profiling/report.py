@@ -15,12 +15,12 @@ from pathlib import Path
 
 from kernels.choices import Choice
 from kernels.store import Store, cache_dir, user_store
-from profiling import agree, rows
+from profiling import rows
 from profiling.document import Document
 from profiling.pictures import draw_history
 from profiling.report_networks import add_memory, add_networks
 from profiling.report_rooms import add_rooms
-from profiling.verdict import Job, is_ours, jobs_of, number, standings, verdict
+from profiling.verdict import Job, jobs_of, number, standings, verdict
 from train.errors import DataError, LapisError
 
 RESULTS = rows.ROOT / "profiling" / "results"
@@ -108,15 +108,10 @@ def _history(document: Document, folder: Path, measured: list[rows.Row]) -> None
         for row in rows.read(path)
     ]
     best: dict[Job, dict[str, rows.Row]] = {}
-    for row in (*committed, *measured):
-        right = row["image_size"] and row["us_per_image"] and row["numerics"] == agree.OK
-        if not right or not is_ours(row["provider"]):
-            continue
-        job = tuple(row[name] for name in ("device", "model", "mode", "batch", "image_size"))
-        of_job = best.setdefault(job, {})
-        before = of_job.get(row["commit"])
-        if before is None or float(row["us_per_image"]) < float(before["us_per_image"]):
-            of_job[row["commit"]] = row
+    for commit in dict.fromkeys(row["commit"] for row in (*committed, *measured)):
+        of_commit = [row for row in (*committed, *measured) if row["commit"] == commit]
+        for one in filter(None, standings(of_commit)):
+            best.setdefault(one.job, {})[commit] = one.ours
     if not best:
         return
     document.section("History")

@@ -46,7 +46,10 @@ def measure_job(
     job: Job, baseline: Provider, providers: tuple[Provider, ...], rounds: int, seconds: float
 ) -> Iterator[rows.Row]:
     """One row a provider (at most `rounds` samples, about `seconds` a turn of timing); one that
-    fails says why in its row. On a GPU each is timed with the baseline alone, for memory's sake."""
+    fails says why in its row. On a GPU each is timed with the baseline alone, for memory's sake.
+
+    Raises Failed when the baseline or the reference cannot be run, or the baseline is wrong.
+    """
     place = rows.environment(job.device) | {
         "model": job.model,
         "mode": job.mode,
@@ -63,6 +66,8 @@ def measure_job(
         with Contestant(YARDSTICK, file) as eager:
             yardstick = eager.outputs()
         base = stack.enter_context(Contestant(baseline, file))
+        if (numerics := agree.verdict(base.outputs(), yardstick, truth)) != agree.OK:
+            raise Failed(f"a ratio to wrong numbers is none: {numerics}")
         for group in groups:
             for provider, row in _measure_group(
                 job, (baseline, base), group, file, (truth, yardstick), rounds, seconds
@@ -200,11 +205,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{model}, {mode}, batch {batch}, {args.image_size} px on {device.type}", flush=True)
         try:
             job = make_job(model, mode, batch, args.image_size, device)
+            if cuda:
+                torch.cuda.empty_cache()  # the processes need it
             for row in measure_job(job, baselines[0], providers, args.rounds, args.seconds):
                 rows.append(args.out / "results.csv", row)
                 print("  " + describe(row), flush=True)
         except Failed as reason:
-            print(f"error: the baseline or the reference of {model}: {reason}", file=sys.stderr)
+            print(f"error: baseline or reference of {model}: {reason}", file=sys.stderr)
             return 1
     rows.note_command(args.out, "profiling.speed", argv)
     return 0

@@ -4,6 +4,7 @@ None of them meets another's allocator, compiled code or crash, and the memory o
 while one is sampled the others sleep. A provider is a module's function, named to the process.
 """
 
+import contextlib
 import multiprocessing
 import tempfile
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ class Contestant:
             path.unlink()
 
     def _ask(self, what: str) -> Any:
-        self._pipe.send(what)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reply says why
+            self._pipe.send(what)
         return self._reply()
 
     def _reply(self) -> Any:

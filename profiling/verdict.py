@@ -9,6 +9,7 @@ from profiling.compare import ratio_of_times
 from train.page import NoteKind
 
 Job = tuple[str, str, str, str, str]  # device, model, mode, batch, image size
+VERBS = {"train": "trains", "infer": "predicts"}
 LEAST = 0.01  # a smaller lead over the best rival is called none
 
 
@@ -39,7 +40,7 @@ def jobs_of(measured: Sequence[rows.Row]) -> dict[Job, list[rows.Row]]:
     """The newest row of each provider by job of a whole network; rooms are left out."""
     found: dict[Job, dict[str, rows.Row]] = {}
     for row in measured:
-        if row["image_size"]:
+        if row["image_size"] and row["mode"] in VERBS:
             job = tuple(row[name] for name in ("device", "model", "mode", "batch", "image_size"))
             found.setdefault(job, {})[row["provider"]] = row
     return {job: list(by_name.values()) for job, by_name in found.items()}
@@ -76,8 +77,8 @@ def verdict(found: Sequence[Standing | None]) -> tuple[NoteKind, str]:
 
 def _clause(one: Standing) -> str:
     _, model, mode, batch, _ = one.job
-    verb = {"train": "trains", "infer": "predicts"}[mode]
-    text = f"{model} {verb} {float(one.ours['images_per_second']):,.0f} images/s at batch {batch}"
+    rate = float(one.ours["images_per_second"])
+    text = f"{model} {VERBS[mode]} {rate:,.0f} images/s at batch {batch}"
     if one.ours["speedup"]:
         text += f", {float(one.ours['speedup']):.2f} times the speed of `{one.ours['baseline']}`"
     if one.rival is None or one.rival["provider"] == one.ours["baseline"]:

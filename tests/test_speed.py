@@ -90,6 +90,11 @@ def test_wrong_gradients_get_no_speedup_and_a_crash_stops_nobody(job):
     assert "x [" in speed.describe(good)
 
 
+def test_a_wrong_baseline_gives_no_ratio(job):
+    with pytest.raises(Failed, match="wrong numbers"):
+        list(speed.measure_job(job, broken, (providers.eager_amp,), rounds=2, seconds=1.0))
+
+
 def test_one_that_dies_while_it_is_timed_says_so(job):
     wanted = (dying_later,)
     (row,) = speed.measure_job(job, providers.eager_float32, wanted, rounds=5, seconds=60.0)
@@ -149,6 +154,6 @@ def test_resident_memory_is_that_of_the_step():
     found = meters.resident_above(step)
     if found is None:
         pytest.skip("this system does not tell the peak of resident memory")
-    assert megabytes << 20 <= found < (megabytes + 16) << 20
+    assert abs(found - (megabytes << 20)) < 8 << 20  # Linux counts pages a few at a time late
     assert meters.resident_above(lambda: None) < 4 << 20
     assert meters.joules_of(step, CPU) is None
