@@ -18,9 +18,9 @@ from kernels.store import Store, cache_dir, user_store
 from profiling import rows
 from profiling.document import Document
 from profiling.pictures import draw_history
-from profiling.report_networks import add_memory, add_networks
+from profiling.report_networks import add_memory, add_networks, ratio_cell
 from profiling.report_rooms import add_rooms
-from profiling.verdict import Job, jobs_of, number, standings, verdict
+from profiling.verdict import VERBS, Job, jobs_of, number, standings, verdict
 from train.errors import DataError, LapisError
 
 RESULTS = rows.ROOT / "profiling" / "results"
@@ -46,6 +46,7 @@ def write(folder: Path) -> None:
         add_networks(document, jobs, found)
         add_memory(document, jobs)
     add_rooms(document, measured, _json(folder / "roofs.json"), _wrong_rooms(folder))
+    _others(document, measured)
     _plans(document, _choices(folder, devices))
     if (folder / "profile.png").exists():
         document.section("Timeline")
@@ -58,6 +59,22 @@ def write(folder: Path) -> None:
     _history(document, folder, measured)
     _origin(document, folder, measured)
     document.write()
+
+
+def _others(document: Document, measured: list[rows.Row]) -> None:
+    """What other commands wrote in the same schema: neither a network's step nor a room."""
+    found = [row for row in measured if row["image_size"] and row["mode"] not in VERBS]
+    if not found:
+        return
+    document.section("Other measurements")
+    document.table(
+        ("what", "mode", "px", "provider", "images/s", "times the baseline", "numbers"),
+        [
+            (row["model"], row["mode"], row["image_size"], row["provider"],
+             number(row["images_per_second"]), ratio_cell(row), row["numerics"])
+            for row in found
+        ],
+    )  # fmt: skip
 
 
 def _wrong_rooms(folder: Path) -> set[str]:

@@ -49,7 +49,7 @@ def add_networks(
 
 def _standing_cells(one: Standing, jobs: dict[Job, list[rows.Row]]) -> tuple[str, ...]:
     rate = number(one.ours["images_per_second"])
-    cells = (_title(one.job, jobs), one.ours["provider"], rate, _ratio(one.ours))
+    cells = (_title(one.job, jobs), one.ours["provider"], rate, ratio_cell(one.ours))
     if one.rival is None:
         return (*cells, "", "")
     return (*cells, one.rival["provider"], interval(one.ratio, one.low, one.high))
@@ -79,10 +79,11 @@ def _color(row: rows.Row) -> str:
 
 def _time_bar(row: rows.Row) -> Bar:
     us, low, high = (float(row[name]) for name in ("us_per_image", "low", "high"))
-    return Bar(row["provider"], us, low, high, f"{us:,.4g}  {_ratio(row)}", _color(row))
+    return Bar(row["provider"], us, low, high, f"{us:,.4g}  {ratio_cell(row)}", _color(row))
 
 
-def _ratio(row: rows.Row) -> str:
+def ratio_cell(row: rows.Row) -> str:
+    """The ratio to the baseline with its interval, or why there is none."""
     if row["speedup"]:
         return interval(row["speedup"], row["speedup_low"], row["speedup_high"])
     if row["numerics"] != agree.OK:
@@ -98,7 +99,7 @@ def _network_cells(row: rows.Row, energy: bool) -> tuple[str, ...]:
         number(row["us_per_image"]),
         f"{number(row['low'])}\u2060\u2013\u2060{number(row['high'])}",
         number(row["images_per_second"]),
-        _ratio(row),
+        ratio_cell(row),
         number(row["peak_memory_gb"]),
         number(row["first_step_s"]),
         *([number(row["joules_per_image"])] if energy else []),

@@ -72,6 +72,8 @@ def full(tmp_path):
     bad |= {"provider": "compile_max_autotune", "us_per_image": 1.25, "low": 1.2, "high": 1.3}
     bad |= {"n": 5, "images_per_second": 8e5, "numerics": "failed: relative error of logits"}
     rows.append(tmp_path / "results.csv", bad)
+    loader = network(50.0, provider="loader", mode="batches", model="photos")
+    rows.append(tmp_path / "results.csv", loader)
     steps = json.loads((tmp_path / "steps.json").read_text())
     steps["numerics"]["detail"]["avg_pool"] = "exit 1: 1 failed"
     (tmp_path / "steps.json").write_text(json.dumps(steps))
@@ -106,6 +108,7 @@ def test_the_page_shows_everything_and_withholds_what_is_wrong(full):
         "source+41634d6e",
         "failed: relative error of logits",
         "its tests did not pass",
+        "Other measurements",
     ):
         assert expected in words, expected
     images = [attributes for tag, attributes in found.tags if tag == "img"]
