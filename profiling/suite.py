@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 
 import kernels
-from profiling import speed
 from profiling.rows import ROOT
 from train.files import write_atomically
 
@@ -117,14 +116,12 @@ def steps(settings: Settings) -> list[Step]:
 def _cpu_steps(settings: Settings) -> list[Step]:
     """Where the kernels do not run: the network against its rivals, the rooms' references."""
     names = [*(spec.name for spec in kernels.KERNELS), "cudnn"]
+    batch = settings.batches.split(",")[0]
     return [
         _roofs(settings),
-        *(
-            _speed(settings, 0.5, mode, batch, "")
-            for mode in speed.MODES
-            for batch in settings.batches.split(",")
-        ),
-        _rooms(settings, 0.4, "rooms", names, settings.batches.split(",")[0], "reference,compile"),
+        _speed(settings, 0.65, "train", batch, ""),  # most of it compiles, or is float32
+        _speed(settings, 0.3, "infer", batch, ""),
+        _rooms(settings, 0.25, "rooms", names, batch, "reference,compile"),
     ]
 
 
@@ -141,7 +138,8 @@ def _speed(settings: Settings, share: float, mode: str, batch: str, providers: s
         *("-m", "profiling.speed", "--model", settings.model, "--mode", mode, "--batch", batch),
         *("--image-size", str(settings.image_size), *_rounds(settings)),
         *("--out", str(settings.out)),
-        *(["--seconds", "10", "--providers", providers] if providers else []),
+        *("--seconds", "10" if settings.cuda else "40"),
+        *(["--providers", providers] if providers else []),
     ]
     label = providers.split(",")[-1] or "all"
     return Step(f"{mode}_{batch}_{label}", share, {label: command})
@@ -219,7 +217,7 @@ def _end(process: subprocess.Popen) -> None:
 def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m profiling.suite", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=8.0 if cuda else 9.0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help="steps whose name begins so, also when done before")
     parser.add_argument("--model", default="resnet34")

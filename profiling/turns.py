@@ -126,13 +126,15 @@ def _serve(pipe: Connection, provider: Provider, job_file: Path) -> None:
     try:
         with timing.side_stream(device):
             runner = prepare(provider, job)
-            at_least = SAMPLE_US if device.type == "cuda" else 0.0
-            sampler = timing.loop_sampler([runner.step], device, at_least)
-            facts = Facts(runner.dtype, sampler.method, runner.first_step_s, runner.peak_memory_gb)
-            pipe.send(facts)
+            cuda, sampler = device.type == "cuda", None
+            method = "events" if cuda else "perf_counter"
+            pipe.send(Facts(runner.dtype, method, runner.first_step_s, runner.peak_memory_gb))
             while True:
                 what = pipe.recv()
                 if what == "sample":
+                    sampler = sampler or timing.loop_sampler(
+                        [runner.step], device, SAMPLE_US if cuda else 0.0
+                    )
                     pipe.send(sampler.sample())
                 elif what == "joules":
                     pipe.send(meters.joules_of(runner.step, device))
