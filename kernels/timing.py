@@ -153,11 +153,12 @@ def replay_sampler(calls: Sequence[Call], device: torch.device) -> Sampler:
 def loop_sampler(
     calls: Sequence[Call], device: torch.device, at_least_us: float = SAMPLE_US
 ) -> Sampler:
-    """Samples by making the calls one after another, launches included, for `at_least_us`."""
+    """Samples by making the calls one after another, launches included, for `at_least_us`; with 0
+    once."""
     clock = _event_clock if device.type == "cuda" else _processor_clock
     for call in calls:
         call()
-    passes = max(1, int(at_least_us / max(clock(calls), 1e-3)) + 1)
+    passes = int(at_least_us / max(clock(calls), 1e-3)) + 1 if at_least_us else 1
     work = list(calls) * passes
     method = "events" if device.type == "cuda" else "perf_counter"
     return Sampler(lambda: clock(work) / len(work), method)

@@ -5,14 +5,17 @@
 For each shape the room's fused function, its reference run eagerly (the baseline) and its
 reference under torch.compile take turns, forward and backward apart, over input sets that pass
 three times the L2, in a CUDA graph. GB/s, TFLOP/s and the share of the floor come from the room's
-cost and the roofs measured on this device. A room whose numbers fail gets no speed-up.
+cost and the roofs measured on this device; `roofline.png` shows every room under them. A room whose
+numbers fail gets no speed-up. On a CPU the reference meets torch.compile, a room's first shape
+before any second one, for three minutes; the kernels run on a GPU only, and Triton's interpreter
+is never timed.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from kernels.launch import nhwc, why_not_triton
 from kernels.shapes import RESNET34, ConvSite
 from kernels.spec import Cost, Inputs, KernelSpec, Shape
 from profiling import agree, rows
+from profiling.pictures import draw_roofline
 from profiling.roofline import Roofs, floor_us, roofs_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -100,8 +104,10 @@ def measure_room(
     roofs: Roofs,
     device: torch.device,
     rounds: int,
+    seconds: float = float("inf"),
 ) -> Iterator[rows.Row]:
-    """A row for each provider and direction; a provider that fails says why in its row."""
+    """A row for each provider and direction; a provider that fails says why in its row. A timing
+    ends after about `seconds`."""
     generator = torch.Generator(device).manual_seed(0)
     costs = spec.cost(shape, dtype.itemsize)
     place = _place(spec.name, shape, dtype, device)
@@ -112,6 +118,9 @@ def measure_room(
         numerics, samplers = {}, {mode: {} for mode in costs}
         for name in dict.fromkeys((BASELINE, *providers)):
             try:
+                if name == "fused" and (reason := _why_not(device)):
+                    yield {**place, "provider": name, "mode": "forward", "numerics": reason}
+                    continue
                 function = PROVIDERS[name](spec)
                 numerics[name] = check_room(spec, function, inputs[0])
                 calls = _calls(function, inputs)
@@ -121,13 +130,12 @@ def measure_room(
                 numerics[name] = _failure(error)
                 yield {**place, "provider": name, "mode": "forward", "numerics": numerics[name]}
         for mode, of_mode in samplers.items():
-            found = timing.measure(of_mode, rounds) if of_mode else {}
+            found = timing.measure(of_mode, rounds, seconds) if of_mode else {}
             for name, us in found.items():
                 row = _row(us, costs[mode], roofs, shape[0])
                 if numerics[name] == agree.OK and name != BASELINE and BASELINE in found:
                     row |= _speedup(found[BASELINE], us)
-                yield {**place, "provider": _named(name, device), "mode": mode, **row,
-                       "numerics": numerics[name]}  # fmt: skip
+                yield {**place, "provider": name, "mode": mode, **row, "numerics": numerics[name]}
 
 
 def _failure(error: Exception) -> str:
@@ -159,9 +167,10 @@ def _calls(function: Function, inputs: list[Inputs]) -> dict[str, list[timing.Ca
     return calls | {"backward": backward}
 
 
-def _named(provider: str, device: torch.device) -> str:
-    reason = why_not_triton(device) if provider == "fused" else None
-    return f"fused (reference: {reason})" if reason else provider
+def _why_not(device: torch.device) -> str | None:
+    """Why our kernels cannot be timed on `device`; the interpreter is no answer."""
+    reason = "needs a CUDA device" if device.type != "cuda" else why_not_triton(device)
+    return f"unavailable: {reason}" if reason else None
 
 
 def _row(us: timing.Timing, cost: Cost, roofs: Roofs, batch: int) -> rows.Row:
@@ -169,11 +178,12 @@ def _row(us: timing.Timing, cost: Cost, roofs: Roofs, batch: int) -> rows.Row:
         "us_per_image": us.median_us / batch,
         "low": us.low_us / batch,
         "high": us.high_us / batch,
+        "n": us.n,
         "images_per_second": batch / us.median_us * 1e6,
         "gb_per_s": cost.bytes / us.median_us * 1e-3,
         "tflop_per_s": cost.flops / us.median_us * 1e-6,
         "floor_share": floor_us(cost, roofs) / us.median_us,
-        "method": f"{us.method}, n={us.n}",
+        "method": us.method,
     }
 
 
@@ -187,13 +197,20 @@ def _place(model: str, shape: Shape, dtype: torch.dtype, device: torch.device) -
         **rows.environment(device),
         "model": model,
         "batch": shape[0],
+        "baseline": BASELINE,
         "shape": "x".join(map(str, shape)),
         "dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def measure_cudnn(
-    site: ConvSite, batch: int, dtype: torch.dtype, roofs: Roofs, device: torch.device, rounds: int
+    site: ConvSite,
+    batch: int,
+    dtype: torch.dtype,
+    roofs: Roofs,
+    device: torch.device,
+    rounds: int,
+    seconds: float = float("inf"),
 ) -> Iterator[rows.Row]:
     """What our convolutions compete with: the library's fprop, dgrad and wgrad, channels-last."""
     generator = torch.Generator(device).manual_seed(0)
@@ -217,12 +234,12 @@ def measure_cudnn(
             for mode in ("fprop", "dgrad", "wgrad")
             if site.name != "stem" or mode != "dgrad"  # nobody asks for the gradient of the photos
         }
-        found = timing.measure(samplers, rounds)
+        found = timing.measure(samplers, rounds, seconds)
     cost = Cost(site.flops(batch), moved)
     for mode, us in found.items():
         yield {**_place(f"conv {site.name}", shape, dtype, device), "mode": mode,
                "provider": "cudnn" if device.type == "cuda" else "onednn",
-               **_row(us, cost, roofs, batch), "numerics": agree.OK}  # fmt: skip
+               **_row(us, cost, roofs, batch), "baseline": "", "numerics": agree.OK}  # fmt: skip
 
 
 def _conv(mode: str, site: ConvSite, x: Tensor, w: Tensor, y: Tensor) -> timing.Call:
@@ -251,14 +268,19 @@ def describe(row: rows.Row) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     parser = argparse.ArgumentParser(prog="python -m profiling.kernel_speed", description=__doc__)
     names = [spec.name for spec in kernels.KERNELS]
+    everywhere = list(PROVIDERS) if cuda else [BASELINE, "compile"]
     parser.add_argument("--kernel", default=",".join([*names, "cudnn"]), help="comma separated")
-    parser.add_argument("--batch", default="32,256")
+    parser.add_argument("--batch", default="32,256" if cuda else "32")
     parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--providers", default=",".join(PROVIDERS))
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--minutes", type=float, default=60.0, help="no new shape is begun later")
+    parser.add_argument("--providers", default=",".join(everywhere))
+    parser.add_argument("--rounds", type=int, default=21, help="most samples of each provider")
+    parser.add_argument("--seconds", type=float, default=5.0, help="limit of a timing")
+    parser.add_argument("--minutes", type=float, default=60.0 if cuda else 3.0,
+                        help="no new shape is begun later")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="numerics only, nothing is timed")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -271,22 +293,55 @@ def main(argv: list[str] | None = None) -> int:
             if one not in known:
                 parser.error(f"{flag}: unknown {one!r}; choose from {', '.join(known)}")
     until = time.perf_counter() + 60 * args.minutes
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
     functorch.donated_buffer = False  # a backward is timed many times on one forward
-    if args.check:
-        return _check(args.kernel.split(","), [int(b) for b in args.batch.split(",")], device)
-    roofs = roofs_of(args.out, device)
     wanted, batches = args.kernel.split(","), [int(batch) for batch in args.batch.split(",")]
-    jobs = product(batches, [DTYPES[dtype] for dtype in args.dtype.split(",")], wanted)
-    for measured in _all_rows(list(jobs), args.providers.split(","), roofs, device, args.rounds):
+    if args.check:
+        return _check(wanted, batches, device)
+    roofs = roofs_of(args.out, device)
+    tasks = _tasks(wanted, batches, [DTYPES[dtype] for dtype in args.dtype.split(",")])
+    for done, task in enumerate(tasks):
+        if done and time.perf_counter() > until:
+            print(f"out of time: {len(tasks) - done} of {len(tasks)} shapes were not measured")
+            break
+        print(f"{done + 1} of {len(tasks)}", flush=True)
+        measured = _measure(task, args.providers.split(","), roofs, device, args)
         for row in measured:
             rows.append(args.out / "results.csv", row)
             print("  " + describe(row), flush=True)
-        if time.perf_counter() > until:
-            print("out of time: the shapes that follow were not measured", flush=True)
-            return 0
+    picture = draw_roofline(rows.read(args.out / "results.csv"), roofs)
+    if picture:
+        (args.out / "roofline.png").write_bytes(picture)
+    rows.note_command(args.out, "profiling.kernel_speed", argv)
     return 0
+
+
+Task = tuple[KernelSpec | ConvSite, int, Shape, torch.dtype]
+
+
+def _tasks(names: list[str], batches: list[int], dtypes: list[torch.dtype]) -> list[Task]:
+    """What is measured, in an order that may be cut short: every room's first shape, every room's
+    second, and so on; the library's convolutions count as a room."""
+    sites: dict[str, list[tuple[KernelSpec | ConvSite, Shape]]] = {
+        spec.name: [(spec, shape) for shape in dict.fromkeys((0, *s[1:]) for s in spec.shapes)]
+        for spec in kernels.KERNELS
+    }
+    sites["cudnn"] = [(site, ()) for site in RESNET34]
+    ordered = [one for turn in zip_longest(*(sites[name] for name in names)) for one in turn if one]
+    return [
+        (thing, batch, (batch, *shape[1:]), dtype)
+        for batch, dtype in product(batches, dtypes)
+        for thing, shape in ordered
+    ]
+
+
+def _measure(
+    task: Task, providers: list[str], roofs: Roofs, device: torch.device, args: argparse.Namespace
+) -> Iterator[rows.Row]:
+    thing, batch, shape, dtype = task
+    if isinstance(thing, ConvSite):
+        return measure_cudnn(thing, batch, dtype, roofs, device, args.rounds, args.seconds)
+    return measure_room(thing, shape, dtype, providers, roofs, device, args.rounds, args.seconds)
 
 
 def _check(names: list[str], batches: list[int], device: torch.device) -> int:
@@ -304,24 +359,6 @@ def _check(names: list[str], batches: list[int], device: torch.device) -> int:
             failures += numerics != agree.OK
             print(f"{spec.name} {shape} {dtype}: {numerics}", flush=True)
     return 1 if failures else 0
-
-
-def _all_rows(
-    jobs: list[tuple[int, torch.dtype, str]],
-    providers: list[str],
-    roofs: Roofs,
-    device: torch.device,
-    rounds: int,
-) -> Iterator[Iterator[rows.Row]]:
-    specs = {spec.name: spec for spec in kernels.KERNELS}
-    for batch, dtype, name in jobs:
-        if name == "cudnn":
-            for site in RESNET34:
-                yield measure_cudnn(site, batch, dtype, roofs, device, rounds)
-            continue
-        shapes = dict.fromkeys((batch, *shape[1:]) for shape in specs[name].shapes)
-        for shape in shapes:
-            yield measure_room(specs[name], shape, dtype, providers, roofs, device, rounds)
 
 
 if __name__ == "__main__":

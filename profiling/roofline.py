@@ -79,7 +79,6 @@ def floor_us(cost: Cost, roofs: Roofs) -> float:
 def measure_roofs(device: torch.device) -> Roofs:
     """Measure `device` (about 3 seconds)."""
     cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if cuda else "CPU"
     large = (1 << 30) if cuda else (1 << 26)
     small = torch.cuda.get_device_properties(device).L2_cache_size // 8 if cuda else 1 << 18
     side = 8192 if cuda else 1024
@@ -96,7 +95,7 @@ def measure_roofs(device: torch.device) -> Roofs:
         }
         us = {key: found.median_us for key, found in timing.measure(samplers).items()}
     return Roofs(
-        device=name,
+        device=timing.place(device)["device"],
         copy_gb_s=2 * large / us["copy"] * 1e-3,
         l2_gb_s=2 * small / us["l2"] * 1e-3,
         matmul_tflop_s=2 * side**3 / us["matmul"] * 1e-6,
@@ -114,10 +113,9 @@ def _copy(count: int, device: torch.device) -> timing.Call:
 def roofs_of(folder: Path, device: torch.device) -> Roofs:
     """The roofs in `folder`/roofs.json if they are this device's, else measured and put there."""
     path = folder / "roofs.json"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     if path.exists():
         roofs = Roofs(**json.loads(path.read_text()))
-        if roofs.device == name:
+        if roofs.device == timing.place(device)["device"]:
             return roofs
     roofs = measure_roofs(device)
     folder.mkdir(parents=True, exist_ok=True)

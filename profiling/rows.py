@@ -1,13 +1,17 @@
 """The one schema of every speed measurement: a CSV file that only grows, with a unique key.
 
-A row is one provider measured on one job. A measurement repeated under the same key (same machine,
-versions, source and day's code) replaces the older row, so a suite that is resumed leaves no twins.
+A row is one provider measured on one job: median, quartiles and number of samples, and the ratio to
+`baseline` with its 95 % interval where the numbers were right. A measurement repeated under the
+same key (same machine, versions, source and day's code) replaces the older row, so a suite that is
+resumed leaves no twins.
 """
 
 import csv
 import hashlib
 import os
+import shlex
 import subprocess
+import sys
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -35,14 +39,17 @@ KEY = (
 COLUMNS = (
     *KEY,
     "date",
+    "baseline",
     "us_per_image",
     "low",
     "high",
+    "n",
     "images_per_second",
     "speedup",
     "speedup_low",
     "speedup_high",
     "peak_memory_gb",
+    "joules_per_image",
     "first_step_s",
     "gb_per_s",
     "tflop_per_s",
@@ -50,6 +57,7 @@ COLUMNS = (
     "method",
     "numerics",
 )
+COMMANDS = "commands.txt"
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
 
@@ -59,7 +67,7 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
 
 
 def append(path: Path, row: Row) -> None:
@@ -79,6 +87,15 @@ def append(path: Path, row: Row) -> None:
         writer.writeheader()
         writer.writerows([*rows, new])
     os.replace(partial, path)
+
+
+def note_command(folder: Path, module: str, argv: list[str] | None) -> None:
+    """Remember in `folder` how its rows were measured."""
+    line = shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
+    path = folder / COMMANDS
+    known = path.read_text().splitlines() if path.exists() else []
+    if line not in known:
+        path.write_text("\n".join([*known, line]) + "\n")
 
 
 def _text(value: Any) -> str:

@@ -1,13 +1,14 @@
-"""Everything a short loan of a GPU should bring back, in the order of what is worth most:
+"""Everything a short hour on a machine should bring back, in the order of what is worth most:
 
     python -m profiling.suite --minutes 8 --out DIR [--only STEP]
 
-1 environment and measured roofs; 2 the numerics of every room on this device; 4 training and
-inference of the model at two batch sizes against its rivals; 3 every room on the layer table, and
-the library's convolutions; then the rivals that take long to compile; 5 one page. Each step is a
-process of its own with a share of the time, so that one that hangs or crashes costs only itself.
-After every measurement the results so far lie in DIR (results.csv, results.json, summary.md,
-steps.json, suite.log). Started again on the same DIR it goes on with what is missing.
+A schedule over the other commands: measured roofs; the numerics of every room; `profiling.speed`
+for training and inference at two batch sizes against the rivals; `profiling.kernel_speed` for every
+room and the library's convolutions; the rivals that take long to compile; `profiling.report`. On a
+CPU it is the roofs, the two speed commands and the report, in under ten minutes on 2 cores. Each
+step is a process of its own with a share of the time, so that one that hangs or crashes costs only
+itself. After every step the results so far lie in DIR (results.csv, steps.json, suite.log).
+Started again on the same DIR it goes on with what is missing.
 """
 
 import argparse
@@ -26,20 +27,23 @@ from pathlib import Path
 import torch
 
 import kernels
-from profiling import rows, speed
 from profiling.rows import ROOT
+from train.files import write_atomically
+
+REPORT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the suite measures; the defaults are for a GPU."""
+    """What the suite measures; no rounds: each command's own."""
 
     out: Path
     minutes: float
     model: str
     batches: str
     image_size: int
-    rounds: int
+    rounds: int | None
+    cuda: bool
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Outcome:
 
 def steps(settings: Settings) -> list[Step]:
     """The schedule. What is quick and decides most comes first, compiling rivals come last."""
+    if not settings.cuda:
+        return [*_cpu_steps(settings), _report(settings)]
     batches = settings.batches.split(",")
     small, large = batches[0], batches[-1]
     rivals = "eager_amp_channels_last_graph"
@@ -91,7 +97,7 @@ def steps(settings: Settings) -> list[Step]:
         _rooms(settings, 0.2, "rooms", names, large, "reference,fused"),
     ]
     return [
-        Step("roofs", 0.1, {"roofs": ["-m", "profiling.roofline", "--out", str(settings.out)]}),
+        _roofs(settings),
         Step("numerics", 0.3, {name: _numerics(name, small, settings) for name in names}),
         *headline,
         *planned,
@@ -103,16 +109,39 @@ def steps(settings: Settings) -> list[Step]:
         _speed(settings, 0.4, "train", large, "compile_max_autotune"),
         _speed(settings, 0.4, "train", small, "compile_max_autotune"),
         _rooms(settings, 0.1, "cudnn", ["cudnn"], large, "reference"),
+        _report(settings),
     ]
+
+
+def _cpu_steps(settings: Settings) -> list[Step]:
+    """Where the kernels do not run: the network against its rivals, the rooms' references."""
+    names = [*(spec.name for spec in kernels.KERNELS), "cudnn"]
+    batch = settings.batches.split(",")[0]
+    return [
+        _roofs(settings),
+        _speed(settings, 0.65, "train", batch, ""),  # most of it compiles, or is float32
+        _speed(settings, 0.3, "infer", batch, ""),
+        _rooms(settings, 0.25, "rooms", names, batch, "reference,compile"),
+    ]
+
+
+def _roofs(settings: Settings) -> Step:
+    return Step("roofs", 0.1, {"roofs": ["-m", "profiling.roofline", "--out", str(settings.out)]})
+
+
+def _report(settings: Settings) -> Step:
+    return Step("report", 0.1, {"report": ["-m", "profiling.report", str(settings.out)]})
 
 
 def _speed(settings: Settings, share: float, mode: str, batch: str, providers: str) -> Step:
     command = [
         *("-m", "profiling.speed", "--model", settings.model, "--mode", mode, "--batch", batch),
-        *("--image-size", str(settings.image_size), "--rounds", str(settings.rounds)),
-        *("--seconds", "10", "--providers", providers, "--out", str(settings.out)),
+        *("--image-size", str(settings.image_size), *_rounds(settings)),
+        *("--out", str(settings.out)),
+        *("--seconds", "10" if settings.cuda else "40"),
+        *(["--providers", providers] if providers else []),
     ]
-    label = providers.split(",")[-1]
+    label = providers.split(",")[-1] or "all"
     return Step(f"{mode}_{batch}_{label}", share, {label: command})
 
 
@@ -121,10 +150,14 @@ def _rooms(
 ) -> Step:
     command = [
         *("-m", "profiling.kernel_speed", "--kernel", ",".join(names), "--batch", batch),
-        *("--providers", providers, "--rounds", str(settings.rounds)),
+        *("--providers", providers, *_rounds(settings)),
         *("--minutes", f"{0.8 * share * settings.minutes:.2f}", "--out", str(settings.out)),
     ]
     return Step(f"{label}_{batch}", share, {label: command})
+
+
+def _rounds(settings: Settings) -> list[str]:
+    return [] if settings.rounds is None else ["--rounds", str(settings.rounds)]
 
 
 def _numerics(name: str, batch: str, settings: Settings) -> list[str]:
@@ -181,166 +214,56 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def write_results(out: Path, outcomes: dict[str, Outcome]) -> str:
-    """steps.json, results.json and summary.md from what lies in `out`; returns the summary."""
-    measured = rows.read(out / "results.csv")
-    roofs_file = out / "roofs.json"
-    roofs = json.loads(roofs_file.read_text()) if roofs_file.exists() else {}
-    done = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    (out / "steps.json").write_text(json.dumps(done, indent=1))
-    everything = {"roofs": roofs, "steps": done, "rows": measured}
-    (out / "results.json").write_text(json.dumps(everything, indent=1))
-    summary = "\n".join(
-        [
-            "# Measured speed\n",
-            *_environment(measured, roofs),
-            *_headline(measured),
-            *_numerics_lines(outcomes),
-            *_room_table(measured, wrong_rooms(outcomes)),
-            *_library_table(measured),
-            *_step_table(outcomes),
-        ]
-    )
-    (out / "summary.md").write_text(summary)
-    return summary
-
-
-def wrong_rooms(outcomes: dict[str, Outcome]) -> set[str]:
-    """Rooms whose numerics step did not end well: no speed-up is told of them."""
-    found = outcomes.get("numerics")
-    ended = found.detail.items() if found else ()
-    return {name for name, line in ended if line.startswith(("exit", "out of time"))}
-
-
-def _environment(measured: list[rows.Row], roofs: dict) -> list[str]:
-    places = {
-        ", ".join(
-            f"{name} {row[name]}" for name in ("torch", "triton", "cudnn", "driver", "commit")
-        )
-        for row in measured
-    }
-    lines = [f"{roofs.get('device', 'unknown device')}; {'; '.join(sorted(places))}\n"]
-    if roofs:
-        lines.append(
-            f"Roofs: copy {roofs['copy_gb_s']:.0f} GB/s, L2 {roofs['l2_gb_s']:.0f} GB/s, bf16 "
-            f"matrix product {roofs['matmul_tflop_s']:.0f} TFLOP/s, launch "
-            f"{roofs['launch_us']:.2f} us ({roofs['graph_launch_us']:.2f} us in a graph)\n"
-        )
-    return lines
-
-
-def _headline(measured: list[rows.Row]) -> list[str]:
-    lines = []
-    models = [row for row in measured if row["image_size"]]
-    for model, mode, batch in dict.fromkeys((r["model"], r["mode"], r["batch"]) for r in models):
-        lines.append(f"## {model}, {mode}, batch {batch}\n")
-        lines += _table("provider", "us/image", "quartiles", "images/s", "GB", "first step s",
-                        "times the baseline", "numerics")  # fmt: skip
-        these = [r for r in models if (r["model"], r["mode"], r["batch"]) == (model, mode, batch)]
-        order = {provider.__name__: place for place, provider in enumerate(speed.PROVIDERS)}
-        for row in sorted(these, key=lambda row: order.get(row["provider"], len(order))):
-            ratio = ""
-            if row["speedup"]:
-                ratio = f"{row['speedup']} [{row['speedup_low']}, {row['speedup_high']}]"
-            elif row["provider"] == speed.BASELINE.__name__:
-                ratio = "baseline"
-            spread = f"{row['low']} - {row['high']}" if row["low"] else ""
-            names = ("images_per_second", "peak_memory_gb", "first_step_s")
-            cells = (row["provider"], row["us_per_image"], spread, *(row[name] for name in names))
-            lines.append(_line(*cells, ratio, row["numerics"]))
-        lines.append("")
-    return lines
-
-
-def _numerics_lines(outcomes: dict[str, Outcome]) -> list[str]:
-    found = outcomes.get("numerics")
-    if not found:
-        return []
-    rooms = [_line(name, line) for name, line in found.detail.items()]
-    return ["## Numerics of the rooms\n", *_table("room", "result"), *rooms, ""]
-
-
-def _room_table(measured: list[rows.Row], wrong: set[str]) -> list[str]:
-    lines = ["## Rooms\n"]
-    lines += _table("room", "shape", "pass", "provider", "us", "GB/s", "TFLOP/s", "of the floor",
-                    "times eager", "numerics")  # fmt: skip
-    for row in measured:
-        if row["image_size"] or row["model"].startswith("conv "):
-            continue
-        ratio = "" if row["model"] in wrong else row["speedup"]
-        lines.append(_line(*_kernel_cells(row), ratio, row["numerics"]))
-    return [*lines, ""]
-
-
-def _library_table(measured: list[rows.Row]) -> list[str]:
-    lines = ["## The library's convolutions\n"]
-    lines += _table("site", "shape", "pass", "provider", "us", "GB/s", "TFLOP/s", "of the floor")
-    lines += [_line(*_kernel_cells(row)) for row in measured if row["model"].startswith("conv ")]
-    return [*lines, ""]
-
-
-def _kernel_cells(row: rows.Row) -> tuple[str, ...]:
-    us = f"{float(row['us_per_image']) * int(row['batch']):.1f}" if row["us_per_image"] else ""
-    numbers = (row["gb_per_s"], row["tflop_per_s"], row["floor_share"])
-    return (row["model"], row["shape"], row["mode"], row["provider"], us, *numbers)
-
-
-def _step_table(outcomes: dict[str, Outcome]) -> list[str]:
-    lines = ["## Steps\n", *_table("step", "status", "seconds")]
-    return [*lines, *(_line(n, o.status, o.seconds) for n, o in outcomes.items()), ""]
-
-
-def _table(*heads: str) -> list[str]:
-    return [_line(*heads), _line(*("---" for _ in heads))]
-
-
-def _line(*cells: object) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
-
-
 def main(argv: list[str] | None = None) -> int:
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m profiling.suite", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--minutes", type=float, default=8.0 if cuda else 9.0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help="steps whose name begins so, also when done before")
     parser.add_argument("--model", default="resnet34")
-    parser.add_argument("--batches", default="32,256", help="a small and a large one")
+    parser.add_argument(
+        "--batches", default="32,256" if cuda else "32", help="a small, a large one"
+    )
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, help="most samples; default: each command's own")
     args = parser.parse_args(argv)
     out = args.out.resolve()
-    settings = Settings(out, args.minutes, args.model, args.batches, args.image_size, args.rounds)
+    settings = Settings(
+        out, args.minutes, args.model, args.batches, args.image_size, args.rounds, cuda
+    )
     out.mkdir(parents=True, exist_ok=True)
     path = out / "steps.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     outcomes = {name: Outcome(**outcome) for name, outcome in before.items()}
-    todo = [
-        step
-        for step in steps(settings)
-        if (step.name.startswith(args.only) if args.only else not _done(outcomes.get(step.name)))
-    ]
-    if args.only and not todo:
-        names = ", ".join(step.name for step in steps(settings))
+    schedule = steps(settings)
+    todo = [step for step in schedule if _wanted(step, args.only, outcomes)]
+    if not todo:
+        names = ", ".join(step.name for step in schedule)
         parser.error(f"--only {args.only}: no such step; they are {names}")
     total, start = 60 * settings.minutes, time.perf_counter()
     for step in todo:
         left = total - (time.perf_counter() - start)
-        if left < 0.02 * total:
+        if step.name == "report":  # what was measured in all the time deserves its page
+            left = max(left, REPORT_SECONDS)
+        elif left < 0.02 * total:
             print(f"{step.name}: no time left", flush=True)
             continue
-        outcomes[step.name] = run_step(step, min(left, step.share * total), out / "suite.log")
-        write_results(out, outcomes)
-        ended = outcomes[step.name]
+        limit = min(left, max(step.share * total, REPORT_SECONDS))
+        outcomes[step.name] = ended = run_step(step, limit, out / "suite.log")
+        done = {name: asdict(outcome) for name, outcome in outcomes.items()}
+        write_atomically(path, json.dumps(done, indent=1).encode())
         print(f"{step.name}: {ended.status}, {ended.seconds} s", flush=True)
         for name, line in ended.detail.items():
             print(f"    {name}: {line}", flush=True)
-    write_results(out, outcomes)
-    print(f"summary: {out / 'summary.md'}")
     return 0
 
 
-def _done(outcome: Outcome | None) -> bool:
-    return outcome is not None and outcome.status == "ok"
+def _wanted(step: Step, only: str | None, outcomes: dict[str, Outcome]) -> bool:
+    """Steps begun with `only`; else those that have not ended well, and always the report."""
+    if only:
+        return step.name.startswith(only)
+    ended = outcomes.get(step.name)
+    return step.name == "report" or ended is None or ended.status != "ok"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import kernels
+from profiling import counts
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA"}
@@ -48,6 +49,49 @@ def test_the_rows_carry_what_a_reader_compares(quick):
     # 3 tensors each way at 4.3 TB/s; 3136 programs of 2048 elements on 132 multiprocessors
     assert row["floor_us"] == pytest.approx(2 * 3 * 32 * 64 * 56 * 56 * 2 / 4.3e6, rel=1e-3)
     assert row["waves"]["256"] == pytest.approx(8 * row["waves"]["32"], rel=0.01)
+
+
+def test_no_kernel_costs_more_than_the_committed_counts(quick):
+    known = counts.load()
+    if counts.triton_version() != known["triton"]:
+        pytest.skip(f"the counts are those of triton {known['triton']}: {counts.RENEW}")
+    grown, _ = counts.changes(known["kernels"], counts.of_kernels(quick[1]))
+    assert grown == [], f"if that is meant: {counts.RENEW}"
+
+
+def test_no_plan_launches_or_moves_more_than_the_committed_counts():
+    grown, _ = counts.changes(counts.load()["plans"], counts.of_plans())
+    assert grown == [], f"if that is meant: {counts.RENEW}"
+
+
+def test_what_grew_is_named_and_what_fell_is_no_regression(quick):
+    before = counts.of_kernels(quick[1])
+    rows = json.loads(json.dumps(quick[1]))
+    worse, better = (next(r for r in rows if r["room"] == room) for room in ("bn_act", "avg_pool"))
+    worse["registers"] = 256
+    worse["spills"] = 3
+    better["registers"] = 8
+    grown, fallen = counts.changes(before, counts.of_kernels(rows))
+    name = f"{worse['room']} {worse['kernel']} {'x'.join(map(str, worse['shape']))} bfloat16"
+    assert [line.partition(":")[0] for line in grown] == [name, name]
+    assert grown[0].endswith("-> 256")
+    assert grown[1].endswith("spills 0 -> 3")
+    assert len(fallen) == 1
+    rows = [row for row in rows if row["room"] != "add_relu"]
+    gone, _ = counts.changes(before, counts.of_kernels(rows))
+    assert any("add_relu" in line and "gone" in line for line in gone)
+
+
+def test_registers_count_in_eights_and_bytes_may_wobble():
+    row = {"room": "r", "kernel": "k", "shape": [2, 3], "dtype": "bfloat16", "registers": 33,
+           "spills": 0, "shared_bytes": 1024}  # fmt: skip
+    one = counts.of_kernels([row])
+    assert one["r k 2x3 bfloat16"]["registers"] == 40
+    assert counts.changes(one, counts.of_kernels([row | {"registers": 40}])) == ([], [])
+    plan = {"P1": {"launches": 10, "bytes_per_image": 100_000}}
+    assert counts.changes(plan, {"P1": {"launches": 10, "bytes_per_image": 100_050}})[0] == []
+    grown, _ = counts.changes(plan, {"P1": {"launches": 11, "bytes_per_image": 101_000}})
+    assert grown == ["P1: bytes_per_image 100,000 -> 101,000", "P1: launches 10 -> 11"]
 
 
 FAULTY = """
