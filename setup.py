@@ -26,7 +26,15 @@ setup(
     ),
     license="MIT",
     license_files=["LICENSE"],
-    packages=["kernels", "models", "train", "train.data", "profiling"],
+    packages=[
+        "kernels",
+        "models",
+        "train",
+        "train.data",
+        "train.doctor",
+        "train.doctor.rules",
+        "profiling",
+    ],
     package_data={"kernels": ["selected/*.json"]},  # plans chosen on GPUs the project has measured
     python_requires=">=3.11,<3.15",
     install_requires=[

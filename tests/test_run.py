@@ -66,6 +66,8 @@ def test_run_folder_is_complete(finished):
     assert files == {
         "config.json",
         "metrics.jsonl",
+        "signals.jsonl",
+        "doctor.json",
         "summary.json",
         "batch.png",
         "curves.png",

@@ -95,8 +95,8 @@ class OptimConfig:
     """Validation images a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Optimizer."""
-    lr: float = 0.03
-    """Learning rate; the peak of a schedule that moves."""
+    lr: float | Literal["find"] = 0.03
+    """Learning rate; the peak of a schedule that moves. find looks for it with a range test."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
@@ -105,6 +105,8 @@ class OptimConfig:
     """Weight decay, on convolution and linear weights only."""
     schedule: Literal["constant", "step", "cosine", "onecycle", "cyclic"] = "onecycle"
     """Learning rate over time; step divides by 10 at 60 % and 85 %, cyclic makes 4 triangles."""
+    loss: Literal["ce", "weighted_ce", "focal"] = "ce"
+    """Cross-entropy; weighted so that classes count alike; or focal, which turns to hard images."""
     label_smoothing: float = 0.1
     """Share of each target spread over all classes."""
     clip_grad: float = 0.0
@@ -135,6 +137,8 @@ class RunConfig:
     """Seed of weights, split, order and augmentation."""
     deterministic: bool = False
     """Bit-equal runs on the same device, slower."""
+    doctor: bool = True
+    """Watch the training and say what goes wrong, in at most 2 % of its time."""
     out: Path | None = None
     """Run folder (default: runs/<date>-<model>-NNN)."""
     resume: Path | None = None
@@ -219,7 +223,7 @@ def check(config: Config) -> None:
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, not {value}")
     for flag, value, most in (
-        ("--lr", optim.lr, None),
+        ("--lr", 0.0 if optim.lr == "find" else optim.lr, None),
         ("--weight-decay", optim.weight_decay, None),
         ("--momentum", optim.momentum, 1),
         ("--label-smoothing", optim.label_smoothing, 1),

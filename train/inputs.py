@@ -48,6 +48,11 @@ class Inputs:
         rows = zip(self.photos.digests, self.split.rows(), strict=True)
         return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
 
+    def train_counts(self) -> list[int]:
+        """Training photos of each class."""
+        labels, classes = self.photos.labels[self.split.train], len(self.photos.classes)
+        return np.bincount(labels, minlength=classes).tolist()
+
     def facts(self) -> dict[str, Any]:
         """The split in numbers, as summary.json holds it."""
         return {

@@ -16,7 +16,7 @@ from profiling import nvtx
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, ViewLoader
 from train.metrics import fit_temperature
-from train.training import Step, Training, Underway
+from train.training import NonFiniteLoss, Step, Training, Underway
 
 LATE = 4  # steps a GPU may be behind the host before the host waits for it
 
@@ -33,7 +33,11 @@ class Listener:
 
     def step_ended(self, step: Step) -> None: ...
 
+    def evaluated(self, logits: Tensor, labels: Tensor) -> None: ...
+
     def epoch_ended(self, training: Training, record: dict[str, Any]) -> None: ...
+
+    def ended(self, error: NonFiniteLoss | None) -> None: ...
 
 
 def fit(
@@ -43,7 +47,27 @@ def fit(
     num_classes: int,
     listeners: Sequence[Listener],
 ) -> None:
-    """Train from the epoch after the history's last to the configured number of epochs."""
+    """Train from the epoch after the history's last to the configured number of epochs.
+
+    Raises NonFiniteLoss.
+    """
+    try:
+        _fit(training, train_loader, val_loader, num_classes, listeners)
+    except NonFiniteLoss as error:
+        for listener in listeners:
+            listener.ended(error)
+        raise
+    for listener in listeners:
+        listener.ended(None)
+
+
+def _fit(
+    training: Training,
+    train_loader: Loader | ResidentLoader,
+    val_loader: Loader | ResidentLoader | None,
+    num_classes: int,
+    listeners: Sequence[Listener],
+) -> None:
     for epoch in range(len(training.history) + 1, training.config.epochs + 1):
         for listener in listeners:
             listener.epoch_started(epoch, len(train_loader))
@@ -53,6 +77,8 @@ def fit(
         if val_loader is not None:
             with nvtx.range("validation", epoch), evaluating(training) as model:
                 logits, labels = evaluate(training, model, val_loader)
+                for listener in listeners:
+                    listener.evaluated(logits, labels)
             confusion = count_confusion(logits, labels, num_classes)
             accuracy = confusion.diagonal().sum().item() / len(labels)
             record |= {

@@ -38,7 +38,7 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
         (loss, "Loss", train_loss, val_loss),
         (accuracy, "Accuracy (%)", train_accuracy, val_accuracy),
     ):
-        _style(axes, title)
+        style_axes(axes, title)
         _line(axes, epochs, train, TRAIN, "train")
         if np.isfinite(validation).any():
             _line(axes, epochs, validation, VALIDATION, "validation")
@@ -104,9 +104,8 @@ def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
     """Draw accuracy over confidence, the area of a point in proportion to its photos."""
     figure = Figure(figsize=(4.2, 3.9), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    _style(axes, "Accuracy over confidence (%)")
+    style_axes(axes, "Accuracy over confidence (%)", "confidence (%)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    axes.set_xlabel("confidence (%)", color=SOFT, fontsize=8.5)
     axes.plot((0, 100), (0, 100), "--", color=SOFT, linewidth=1, label="as often right as sure")
     total = sum(one.images for one in bins)
     confidence, accuracy = (
@@ -123,13 +122,13 @@ def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
 def _draw_monitor(axes: Axes, epochs: np.ndarray, loss: np.ndarray, accuracy: np.ndarray) -> None:
     """Differences on two scales that share their zero: below it the loss, above it the accuracy
     of a model that has learnt its training photos by heart."""
-    _style(axes, "Overfitting monitor: train \u2212 validation")
+    style_axes(axes, "Overfitting monitor: train \u2212 validation")
     if not np.isfinite(loss).any():
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no validation", ha="center", va="center", color=SOFT, fontsize=9)
         return
     other = axes.twinx()
-    _style(other, "")
+    style_axes(other, "")
     other.grid(False)
     axes.axhline(0, color=SOFT, linewidth=0.8)
     lines = [
@@ -183,10 +182,11 @@ def _line(
     return line
 
 
-def _style(axes: Axes, title: str) -> None:
+def style_axes(axes: Axes, title: str, xlabel: str = "epoch") -> None:
+    """The look of every plot: a title on the left, horizontal lines, whole numbers below."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
-    axes.set_xlabel("epoch", color=SOFT, fontsize=8.5)
+    axes.set_xlabel(xlabel, color=SOFT, fontsize=8.5)
     axes.tick_params(labelsize=8, colors=SOFT, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -198,7 +198,12 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "\u2026"
 
 
-def _save(figure: Figure, path: Path, dpi: int) -> None:
+def png(figure: Figure, dpi: int = 192) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    write_atomically(path, png(figure, dpi))

@@ -59,7 +59,7 @@ def write_json(path: Path, value: object) -> None:
     Paths become strings, numpy scalars numbers, and numbers JSON has no word for (NaN, infinity)
     null. Raises `DiskError`.
     """
-    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, (text + "\n").encode("utf-8", "replace"))
 
 
@@ -68,7 +68,7 @@ def append_jsonl(path: Path, value: Mapping[str, object]) -> None:
 
     A last line torn by a crash is completed or cut off first. Raises `DiskError`.
     """
-    line = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with open(path, "ab+") as stream:
             _mend_tail(stream)
@@ -120,13 +120,14 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """`value` as JSON gives it back: paths strings, numbers that are not finite None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

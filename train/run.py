@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from train import checkpoint
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
 from train.data.resident import ViewLoader
 from train.data.twins import make_manifest
+from train.doctor.material import material_of
+from train.doctor.watch import Doctor
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
 from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
 from train.files import write_atomically
@@ -36,6 +39,7 @@ from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, res
 from train.loop import Listener, fit
 from train.mosaic import draw_batch, first_batch
 from train.progress import Progress
+from train.range_test import announce, find_rate
 from train.record import append_jsonl, create_run_folder, write_json
 from train.run_report import write_report
 from train.training import NonFiniteLoss, Training
@@ -147,11 +151,16 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
     dtype = amp_dtype or torch.float32
     train_loader, val_loader = make_loaders(inputs, config, dtype, device, pixels)
     torch.manual_seed(config.run.seed)
-    model = _build(config, len(classes), backend, device)
+    model = build(config, len(classes), backend, device)
     parameters, trainable = parameter_counts(model)
     precision = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     print(f"model: {config.model.model}, {parameters:,} parameters, {precision}, on {device}")
     print(f"backend: {backend.name} ({backend.reason})")
+    found = None
+    if config.optim.lr == "find":
+        counts = inputs.train_counts()
+        found = find_rate(model, config.optim, train_loader, amp_dtype, counts)
+        config = replace(config, optim=replace(config.optim, lr=found.suggestion))
     training = Training(
         model,
         config.optim,
@@ -162,6 +171,7 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         seed=config.run.seed,
         fused=backend.name == "triton",
         make_batch=None if pixels is None else train_loader.make,
+        class_counts=inputs.train_counts(),
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
     if resumed is not None:
@@ -177,6 +187,8 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         except Exception as error:  # no picture stops a training
             warnings.warn(f"batch.png was not made ({error})", stacklevel=1)
     print(f"run folder: {folder}")
+    if found is not None:
+        announce(found, folder / "lr_find.png")
 
     fixed = {
         "config": to_dict(config),
@@ -187,11 +199,16 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         "manifest": make_manifest(inputs.images, inputs.photos, inputs.split.train),
         "versions": versions(),
     }
-    listeners = [
+    listeners: list[Listener] = [
         Recorder(folder, fixed),
         Progress(config.optim.epochs, done=len(training.history)),
         *watching,
     ]
+    doctor = None
+    if config.run.doctor:
+        material = partial(material_of, inputs, config, dtype, device)
+        doctor = Doctor(folder, training, material)
+        listeners.append(doctor)
     for listener in listeners:
         listener.run_started(folder, training)
     try:
@@ -221,6 +238,7 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         "recipe": config.run.recipe,
         "split": inputs.facts(),
         "classes": classes,
+        "doctor": doctor and doctor.summary(),
         "versions": fixed["versions"],
         "command": command,
     }
@@ -272,7 +290,10 @@ def _announce(inputs: Inputs, sampler: str) -> None:
         )
 
 
-def _build(config: Config, num_classes: int, backend: Backend, device: torch.device):
+def build(
+    config: Config, num_classes: int, backend: Backend, device: torch.device
+) -> torch.nn.Module:
+    """The network of `config`, on its device and backend."""
     options = dataclasses.asdict(config.model)
     model = build_model(options.pop("model"), num_classes, **options)
     set_backend(model, backend.name, backend.plan)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from train.doctor.section import add_section
 from train.metrics import wilson
 from train.page import NoteKind, Page
 from train.plots import plot_confusion, plot_curves
@@ -37,6 +38,7 @@ def write_report(
     page = Page(f"{summary['model']}: training report", f"Run `{folder.resolve().name}`")
     page.note(*verdict(summary, history, confusion, classes))
     _run_facts(page, summary)
+    _doctor(page, folder)
 
     page.section("Curves")
     plot_curves(history, folder / "curves.png")
@@ -171,6 +173,14 @@ def _run_facts(page: Page, summary: Mapping[str, object]) -> None:
             "The best epoch was chosen on the same photos it is measured on, so its accuracy is"
             " slightly flattered; photos kept aside until the end would tell exactly."
         )
+
+
+def _doctor(page: Page, folder: Path) -> None:
+    """What the doctor found, where it watched; the report does without it if that fails."""
+    try:
+        add_section(page, folder)
+    except Exception as error:
+        page.note("warn", f"The doctor's findings cannot be shown: {error}.")
 
 
 def _class_table(page: Page, counts: np.ndarray, classes: Sequence[str]) -> None:

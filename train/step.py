@@ -7,7 +7,7 @@ The device decides that; the host learns of it from what the step returns.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from models.weight_copies import WeightCopies
 from profiling import nvtx
 from train.config import OptimConfig
 from train.optim import LossScale, WeightAverage, build_optimizer, update
+
+FOCUS = 2.0  # exponent of the focal loss: the one its authors found best
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -33,7 +35,8 @@ class TrainingStep:
     learning rate. The moving average's decay is the caller's to `prepare`. fused: with an
     `amp_dtype`, update the weights, float32, by our kernels, which leave copies of them in that
     type for the next forward. make_batch: what makes the images and labels of a batch of the
-    step's first two inputs; a part of the step, and of its graph.
+    step's first two inputs; a part of the step, and of its graph. class_weights: float32 [K] on the
+    device, for the loss `weighted_ce`.
 
     probes: called when the gradients stand in every `grad`, unscaled and not clipped; while there
     is one, no step is replayed from a graph.
@@ -47,6 +50,7 @@ class TrainingStep:
         rate: Tensor,
         fused: bool = False,
         make_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        class_weights: Tensor | None = None,
     ):
         self.model = model
         self.make_batch = make_batch
@@ -60,6 +64,7 @@ class TrainingStep:
         self.average = WeightAverage(model, config.ema) if config.ema else None
         self.probes: list[Callable[[], None]] = []
         self.copies = WeightCopies(model, amp_dtype) if fused and amp_dtype else None
+        self.class_weights = class_weights if config.loss == "weighted_ce" else None
 
     def __call__(
         self,
@@ -123,9 +128,16 @@ class TrainingStep:
         return contextlib.nullcontext() if self.copies is None else self.copies.in_use()
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in float32. logits [N, K], labels int64 [N]."""
-        smoothing = self.config.label_smoothing
-        return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        """Mean cross-entropy in float32, plain, weighted by class, or focal: an image that is
+        named with probability p counts (1 - p)^2 of it (Lin et al. 2017). logits [N, K], labels
+        int64 [N]."""
+        logits, smoothing = logits.float(), self.config.label_smoothing
+        if self.config.loss == "focal":
+            each = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+            named = torch.exp(-F.cross_entropy(logits, labels, reduction="none"))
+            return ((1 - named) ** FOCUS * each).mean()
+        weight = self.class_weights
+        return F.cross_entropy(logits, labels, weight, label_smoothing=smoothing)
 
     def tensors(self) -> list[Tensor]:
         """Everything a step changes, but for the copies, which follow from the weights."""
@@ -160,6 +172,13 @@ def mixed(measure, logits: Tensor, labels: Tensor, partner: Tensor | None, lam: 
     if partner is None:
         return own
     return lam * own + (1 - lam) * measure(logits, labels[partner])
+
+
+def class_weights(counts: Sequence[int]) -> Tensor:
+    """N / (K n) for a class of n among N images of K classes, so that classes weigh alike; 0 for a
+    class without any: float32 [K]."""
+    images = torch.tensor(counts, dtype=torch.float32)
+    return torch.where(images > 0, images.sum() / (len(images) * images.clamp(min=1)), 0.0)
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:

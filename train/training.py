@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from train.data.resident import Views
 from train.errors import LapisError
 from train.graphs import CapturedStep
 from train.optim import learning_rate
-from train.step import TrainingStep, autocast
+from train.step import TrainingStep, autocast, class_weights
 
 PATIENCE = 3  # losses in a row that may be infinite under float16, whose range a forward can leave
 
@@ -69,8 +69,9 @@ class Training:
 
     model: on its device already. total_steps: steps of the whole run, for the schedule.
     amp_dtype: bfloat16, float16 or None for full precision. fused: update the weights by our
-        kernels; make_batch: make the batches inside the step; see `TrainingStep`. cuda_graph:
-        replay the step from a CUDA graph, captured at the first batch.
+        kernels; make_batch: make the batches inside the step; see `TrainingStep`. class_counts:
+        training images of each class, for the loss `weighted_ce`. cuda_graph: replay the step
+        from a CUDA graph, captured at the first batch.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Training:
         seed: int = 0,
         fused: bool = False,
         make_batch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        class_counts: Sequence[int] | None = None,
         cuda_graph: bool = False,
     ):
         self.model = model
@@ -98,7 +100,8 @@ class Training:
         self.total_steps = total_steps
         self.steps = 0
         self.rate = torch.zeros((), device=self.device)
-        self.step = TrainingStep(model, config, amp_dtype, self.rate, fused, make_batch)
+        weights = None if class_counts is None else class_weights(class_counts).to(self.device)
+        self.step = TrainingStep(model, config, amp_dtype, self.rate, fused, make_batch, weights)
         self.average = self.step.average
         self.run_step = CapturedStep(self.step) if cuda_graph else self.step
         self.bad: list[Underway] = []  # the latest steps, while their losses are not finite

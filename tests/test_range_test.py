@@ -1,0 +1,78 @@
+"""The range test: what it reads from a curve, and that it leaves the training to come as it was."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from models import build_model
+from train import lr_find, run
+from train.config import DEFAULT
+from train.data.loader import Batch
+from train.errors import UsageError
+from train.range_test import HIGHEST, LOWEST, STEPS, find_rate, read
+
+FLAGS = ["--model", "micro_resnet", "--image-size", "32", "--limit", "60", "--threads", "1"]
+
+
+class Photos:
+    """Batches whose label is written in the picture's brightness."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(64) % 4
+        images = torch.randn(64, 3, 16, 16, generator=generator) + labels[:, None, None, None]
+        self.batches = [
+            Batch(i, y, torch.arange(16))
+            for i, y in zip(images.split(16), labels.split(16), strict=True)
+        ]
+
+    def epoch(self, epoch):
+        yield from self.batches
+
+
+def test_it_suggests_less_than_the_rate_that_destroys_and_changes_nothing():
+    torch.manual_seed(0)
+    model = build_model("micro_resnet", 4, stem="small", dropout=0.2).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    found = find_rate(model, replace(DEFAULT.optim, lr="find"), Photos(), None)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert 1e-3 < found.suggestion < 0.3
+    assert found.suggestion < found.rates[int(np.argmin(found.losses))]
+    assert f"{min(found.losses):.3g}" in found.reason
+
+
+def test_it_reads_the_bottom_of_a_curve():
+    rates = np.geomspace(LOWEST, HIGHEST, STEPS)
+    losses = 1.6 - 0.8 * np.exp(-((np.log10(rates) + 1) ** 2))
+    found = read(rates.tolist(), losses.tolist())
+    assert found.suggestion == pytest.approx(0.1 / 5, rel=0.1)
+
+
+@pytest.mark.parametrize("losses", [[1.6] * STEPS, list(np.linspace(1.6, 3, STEPS)), []])
+def test_no_rate_is_suggested_where_none_lowers_the_loss(losses):
+    rates = np.geomspace(LOWEST, HIGHEST, STEPS)[: len(losses)].tolist()
+    with pytest.raises(UsageError, match="no learning rate"):
+        read(rates, losses)
+
+
+def test_a_run_takes_what_it_finds(tmp_path, capsys):
+    flags = [*FLAGS, "--epochs", "1", "--lr", "find", "--out", str(tmp_path / "run")]
+    assert run.main(flags) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert isinstance(config["optim"]["lr"], float)
+    assert f"learning rate: {config['optim']['lr']:g} (" in capsys.readouterr().out
+    assert (tmp_path / "run" / "lr_find.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_draws_its_curve_and_says_what_fails(tmp_path, capsys):
+    assert lr_find.main([*FLAGS, "--out", str(tmp_path / "curve.png")]) == 0
+    assert "learning rate: " in capsys.readouterr().out
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert lr_find.main([*FLAGS, "--init", "zeros"]) == 2
+    assert "no learning rate" in capsys.readouterr().err

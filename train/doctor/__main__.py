@@ -1,0 +1,126 @@
+"""What is wrong with a run: `python -m train.doctor RUN_DIR`, finished or running.
+
+With several folders, plain and residual networks among them are compared too. `--explain RULE` says
+what a rule means, why it happens, how it is recognised, what helps and what does not.
+"""
+
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from train.doctor.diagnose import diagnose, told, write_diagnosis
+from train.doctor.finding import Rule
+from train.doctor.request import compare_depth, try_one_batch
+from train.doctor.rules import RULES
+from train.doctor.section import add_findings
+from train.doctor.signals import FILE, Signals, load
+from train.errors import LapisError, UsageError
+from train.page import Page
+
+HEADINGS = {
+    "en": ("What it is", "Why it happens", "How it is recognised", "What helps", "What does not"),
+    "id": (
+        "Apa itu",
+        "Mengapa terjadi",
+        "Cara mengenalinya",
+        "Yang menolong",
+        "Yang tidak menolong",
+    ),
+}
+SOURCES = {"en": "Sources", "id": "Sumber"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to judge or to explain."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN_DIR")] = ()
+    """Folders of runs."""
+    explain: str | None = None
+    """Explain this rule, or all of them."""
+    language: Literal["en", "id"] = "en"
+    """English or Indonesian, for --explain."""
+    html: Path | None = None
+    """Write a page with the findings and their pictures."""
+    one_batch: bool = False
+    """Train a fresh network of the run on 16 of its images first: can it learn them by heart?"""
+    debug: bool = False
+    """Show a traceback with errors."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge or explain as the flags say; returns the exit code."""
+    options = tyro.cli(Options, prog="python -m train.doctor", description=__doc__, args=argv)
+    try:
+        if options.explain is not None:
+            print(explain(options.explain, options.language))
+        elif options.runs:
+            judge(options)
+        else:
+            raise UsageError("name a run folder, or a rule with --explain")
+    except LapisError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def judge(options: Options) -> None:
+    """Print what all rules find in each run, and write its doctor.json.
+
+    Raises UsageError for a folder without signals.
+    """
+    runs = {folder: _signals(folder) for folder in options.runs}
+    if len(runs) > 1:
+        compare_depth(runs)
+    page = Page("What the doctor found", ", ".join(folder.resolve().name for folder in runs))
+    for folder, signals in runs.items():
+        if options.one_batch:
+            try_one_batch(signals)
+        found = diagnose(signals)
+        print(f"{folder}: {signals.steps:,} steps, {len(signals.probes)} probes\n{told(found)}\n")
+        write_diagnosis(folder, found)
+        if len(runs) > 1:
+            page.section(folder.resolve().name)
+        add_findings(page, signals, found)
+    if options.html is not None:
+        page.write(options.html)
+        print(f"page: {options.html}")
+
+
+def explain(rule_id: str, language: str) -> str:
+    """A rule's explanation as text. Raises UsageError for a rule that does not exist."""
+    rules = {rule.id: rule for rule in RULES}
+    if rule_id == "all":
+        return "\n\n\n".join(_explained(rule, language) for rule in RULES)
+    if rule_id not in rules:
+        raise UsageError(f"--explain {rule_id}: choose one of {', '.join(rules)}, or all")
+    return _explained(rules[rule_id], language)
+
+
+def _explained(rule: Rule, language: str) -> str:
+    text = rule.texts[language]
+    bodies = (text.what, text.why, text.recognised, text.helps, text.helps_not)
+    wrapped = partial(textwrap.wrap, width=90, break_on_hyphens=False)  # flags stay whole
+    lines = [f"{text.title} ({rule.id})", "", *wrapped(text.brief)]
+    for heading, body in zip(HEADINGS[language], bodies, strict=True):
+        lines += ["", heading, *(f"  {row}" for row in wrapped(body))]
+    return "\n".join([*lines, "", SOURCES[language], *(f"  {source}" for source in rule.sources)])
+
+
+def _signals(folder: Path) -> Signals:
+    signals = load(folder)
+    if not signals.start:
+        raise UsageError(f"{folder} holds no {FILE}: name a run folder that the doctor watched")
+    return signals
+
+
+if __name__ == "__main__":
+    sys.exit(main())

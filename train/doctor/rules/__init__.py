@@ -1,0 +1,51 @@
+"""All rules, causes before consequences: of several problems the first is the primary one.
+
+Numbers that are none; data, labels and initialisation; silent bugs; learning rate too high and
+exploding gradients; vanishing gradients and dead units; BatchNorm; too low a rate, stagnation and
+underfitting; a failing class and overfitting; geometry.
+"""
+
+from train.doctor.finding import Rule
+from train.doctor.rules import (
+    bn_small_batch,
+    degradation,
+    dying_relu,
+    exploding_gradient,
+    failing_class,
+    geometry,
+    input,
+    leakage,
+    lr_too_high,
+    lr_too_low,
+    non_finite,
+    one_batch,
+    overfit,
+    silent_bug,
+    stagnation,
+    start_loss,
+    symmetric_init,
+    underfit,
+    vanishing_gradient,
+)
+
+RULES: tuple[Rule, ...] = (
+    non_finite.RULE,
+    input.RULE,
+    leakage.RULE,
+    start_loss.RULE,
+    symmetric_init.RULE,
+    silent_bug.RULE,
+    one_batch.RULE,
+    lr_too_high.RULE,
+    exploding_gradient.RULE,
+    vanishing_gradient.RULE,
+    degradation.RULE,
+    dying_relu.RULE,
+    bn_small_batch.RULE,
+    lr_too_low.RULE,
+    stagnation.RULE,
+    underfit.RULE,
+    failing_class.RULE,
+    overfit.RULE,
+    geometry.RULE,
+)
