@@ -387,6 +387,17 @@ def head_at_zero(records):
         probe["layers"]["filter_variance"][-1] = 0.0
 
 
+def accepted(records):
+    copied(records)
+    start_of(records)["config"]["data"]["accept_leak"] = True
+
+
+def balanced(records):
+    """A rare class's accuracy is no chance level where every class is shown equally often."""
+    start_of(records)["config"]["data"]["sampler"] = "balanced"
+    start_of(records)["train_counts"] = [600, 10, 10, 10, 10]
+
+
 def few_rare_photos(records):
     one_class(records)
     start_of(records)["val_counts"] = [40, 8, 40, 40, 40]
@@ -405,6 +416,8 @@ def few_rare_photos(records):
         tiny_validation,
         head_at_zero,
         few_rare_photos,
+        accepted,
+        balanced,
         set_all("epoch", val_accuracy=None, val_loss=None, auc=None),
         lambda r: r[:] and r.__delitem__(slice(8, None)),
         lambda r: r.__delitem__(slice(1, None)),
@@ -451,6 +464,7 @@ def test_a_class_that_fails_for_want_of_photos_gets_its_cause():
     start_of(records)["train_counts"] = [150, 5, 150, 150, 150]
     (found,) = diagnose(Signals(records))
     assert "5 training photos" in found["evidence"]
+    assert "--sampler balanced" in found["command"]
     records = record()
     one_class(records)
     for epoch in of_kind(records, "epoch"):

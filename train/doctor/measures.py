@@ -17,10 +17,17 @@ def log_classes(signals: Signals) -> float:
     return math.log(max(2, len(signals.start["classes"])))
 
 
+def shares(signals: Signals) -> np.ndarray:
+    """float64 [K]: how often the training shows each class."""
+    counts = np.array(signals.start["train_counts"], dtype=float)
+    if signals.config("data", "sampler") == "balanced":
+        counts = (counts > 0).astype(float)
+    return counts / max(1.0, counts.sum())
+
+
 def majority(signals: Signals) -> float:
-    """The accuracy of always naming the most frequent class of the training images."""
-    counts = signals.start["train_counts"]
-    return max(counts) / max(1, sum(counts))
+    """The accuracy of always naming the class that the training shows most often."""
+    return float(shares(signals).max())
 
 
 def window(signals: Signals) -> int:
@@ -38,9 +45,8 @@ def learnt(signals: Signals) -> bool:
     accuracy = np.nanmean(_tail(signals.per_step("accuracy"), steps))
     if accuracy > share + 3 * math.sqrt(share * (1 - share) / images):
         return True
-    counts = np.array(signals.start["train_counts"], dtype=float)
-    shares = counts[counts > 0] / counts.sum()
-    entropy = -(shares * np.log(shares)).sum()
+    shown = shares(signals)
+    entropy = -(shown[shown > 0] * np.log(shown[shown > 0])).sum()
     return bool(recent_loss(signals) < 0.95 * entropy)
 
 

@@ -44,6 +44,7 @@ def check(signals: Signals) -> Finding | None:
 def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
     """What the record says of the reason, the cure, and what the command changes."""
     counts, classes = signals.start["train_counts"], signals.start["classes"]
+    plain = signals.config("data", "augment") in ("none", "light")
     usual = float(np.median(np.delete(counts, worst)))
     errors = np.array(epoch["confusion"][worst])
     errors[worst] = 0
@@ -52,16 +53,16 @@ def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
     if counts[worst] < RARE * usual:
         return (
             f"it has {counts[worst]} training photos, the others {usual:.0f} (median)",
-            "show its photos as often as the others' and add some: class weights alone scale the "
-            "gradient of the same few photos",
-            {"augment": "strong"},
+            "show its photos as often as the others', augmented (--sampler balanced), and add some: "
+            "class weights alone scale the gradient of the same few photos",
+            {"sampler": "balanced", **({"augment": "strong"} if plain else {})},
         )
     if share >= TO_ONE and counts[named] == max(counts) > 2 * counts[worst]:
         return (
             f"{share:.0%} of its errors name {classes[named]}, the largest class",
-            "turn to what is hard with --loss focal, or show the classes equally often: then the "
-            "largest does not pull the others",
-            {"loss": "focal"},
+            "show the classes equally often (--sampler balanced), or turn to what is hard with "
+            "--loss focal: then the largest does not pull the others",
+            {"sampler": "balanced", "loss": "focal"},
         )
     if share >= TO_ONE:
         return (
@@ -76,7 +77,7 @@ def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
             f"its training photos are known by heart (own probability {memory:.0%})",
             "its photos are memorised, not understood: look for wrong labels, then add photos and "
             "augmentation",
-            {"augment": "strong"},
+            {"augment": "strong"} if plain else {"augment": "heavy"},
         )
     return (
         f"its errors are spread over {int((errors > 0).sum())} classes",

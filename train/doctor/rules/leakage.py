@@ -6,16 +6,16 @@ from train.doctor.signals import Signals
 
 def check(signals: Signals) -> Finding | None:
     twins, photos = signals.start["twins"], sum(signals.start["val_counts"])
-    random = signals.config("data", "split") == "random"
-    changes = {"split": "grouped"} if random else {}
+    other = signals.config("data", "split") != "grouped"
+    changes = {"split": "grouped", "accept_leak": False} if other else {}
     cure = (
         "--split grouped keeps all copies of a picture on one side"
-        if random
+        if other
         else "remove the copies from one side of the split"
     )
     if twins["identical"]:
         return Finding(
-            "problem",
+            "note" if signals.config("data", "accept_leak") else "problem",
             0,
             f"{twins['identical']} of {photos} validation photos are, byte for byte, training "
             f"photos too, and {twins['alike']} show a picture that is in train",

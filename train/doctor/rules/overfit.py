@@ -52,15 +52,14 @@ def check(signals: Signals) -> Finding | None:
 
 def _changes(signals: Signals) -> dict[str, object]:
     """What the run does not do yet."""
-    wanted = {"augment": "strong", "mixup": 0.2, "weight_decay": 5e-4}
     found = {}
-    if signals.config("data", "augment") != "strong":
-        found["augment"] = wanted["augment"]
+    if signals.config("data", "augment") in ("none", "light"):
+        found["augment"] = "strong"
     if not signals.config("data", "mixup"):
-        found["mixup"] = wanted["mixup"]
+        found["mixup"] = 0.2
     if not signals.config("optim", "weight_decay"):
-        found["weight_decay"] = wanted["weight_decay"]
-    return found or {"dropout": 0.3}
+        found["weight_decay"] = 5e-4
+    return found or {"augment": "heavy", "dropout": 0.3}
 
 
 TEXTS = {
