@@ -53,7 +53,7 @@ def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
     if counts[worst] < RARE * usual:
         return (
             f"it has {counts[worst]} training photos, the others {usual:.0f} (median)",
-            "show its photos as often as the others', augmented (--sampler balanced), and add some: "
+            "show its photos as often as the others (--sampler balanced), augmented, and add more: "
             "class weights alone scale the gradient of the same few photos",
             {"sampler": "balanced", **({"augment": "strong"} if plain else {})},
         )
@@ -62,7 +62,7 @@ def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
             f"{share:.0%} of its errors name {classes[named]}, the largest class",
             "show the classes equally often (--sampler balanced), or turn to what is hard with "
             "--loss focal: then the largest does not pull the others",
-            {"sampler": "balanced", "loss": "focal"},
+            {"sampler": "balanced"},
         )
     if share >= TO_ONE:
         return (
