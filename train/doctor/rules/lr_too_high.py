@@ -30,8 +30,8 @@ def check(signals: Signals) -> Finding | None:
     runs_away = recent_loss(signals) > RUNAWAY * guessing and signals.steps >= SOON
     harm = not learnt(signals) and (signals.steps >= AFTER or runs_away)
     evidence = (
-        f"one step changed the typical layer by up to {np.nanmax([0.0, *ratios]):.1%} of its weights, and "
-        f"all weights grew to {max(growths):.3g} times their norm; the loss was "
+        f"one step changed the typical layer by up to {np.nanmax([0.0, *ratios]):.1%} of its "
+        f"weights, and all weights grew to {max(growths):.3g} times their norm; the loss was "
         f"{probes[0]['loss'] or np.inf:.3g} before it and is {recent_loss(signals):.3g} after "
         f"{signals.steps} steps"
     )
