@@ -16,7 +16,7 @@ from train.training import Training
 def step_with(loss: str, counts=(80, 15, 5), smoothing: float = 0.0) -> TrainingStep:
     config = replace(DEFAULT.optim, loss=loss, label_smoothing=smoothing)
     model = torch.nn.Linear(4, len(counts))
-    return TrainingStep(model, config, None, torch.tensor(0.1), class_weights(counts))
+    return TrainingStep(model, config, None, torch.tensor(0.1), class_weights=class_weights(counts))
 
 
 def drawn():
