@@ -5,7 +5,16 @@ from models.backend import BACKENDS, Backend, BackendUnavailable, resolve_backen
 from models.folding import folded
 from models.fusion import fuse, fuse_report
 from models.layers import chosen_plans, restore_plans
-from models.resnet import INITS, MODELS, STEMS, ResNet, build_model, parameter_counts
+from models.names import model_label, parse_model
+from models.resnet import (
+    INITS,
+    MODELS,
+    STEMS,
+    ResNet,
+    build_model,
+    check_model,
+    parameter_counts,
+)
 from models.units import set_backend
 
 __all__ = [
@@ -17,11 +26,14 @@ __all__ = [
     "BackendUnavailable",
     "ResNet",
     "build_model",
+    "check_model",
     "chosen_plans",
     "folded",
     "fuse",
     "fuse_report",
+    "model_label",
     "parameter_counts",
+    "parse_model",
     "resolve_backend",
     "restore_plans",
     "set_backend",

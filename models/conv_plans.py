@@ -52,9 +52,15 @@ class Site(NamedTuple):
 
 
 def settled(
-    use: str, conv: nn.Conv2d, norm: nn.Module, x: Tensor, dtype: torch.dtype, has_residual: bool
+    use: str,
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    x: Tensor,
+    dtype: torch.dtype,
+    act: str,
+    has_residual: bool,
 ) -> Plan:
-    """The plan for `use` of conv(x), computed in `dtype`, with `norm` after it: the one that
+    """The plan for `use` of conv(x), computed in `dtype`, `norm` and `act` after it: the one that
     `norm.plan` names, or that is found for it with the largest batch of a size; a smaller last
     batch does not choose anew."""
     default = norm.plan if norm.plan in PLANS else CANDIDATES[use][0]
@@ -65,7 +71,7 @@ def settled(
         name = default
         if norm.plan not in PLANS:
             geometry = (conv.out_channels, conv.kernel_size[0], conv.stride[0], conv.padding[0])
-            site = Site(use, tuple(x.shape), geometry, norm.act, has_residual, dtype)
+            site = Site(use, tuple(x.shape), geometry, act, has_residual, dtype)
             job = job_for(site, x.device)
             (name,) = plans.winners([job], x.device, measure=norm.plan == "measure")
         norm.chosen[key] = (len(x), name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.bn_checks import Norm
 from kernels.launch import runs_triton
 from models import plans, trunk
+from models.mods import GroupNormAct
 from models.units import BatchNormAct, TrunkBlock, compute_dtype, hooked, takes
 from models.weight_copies import in_type
 from profiling import nvtx
@@ -53,7 +54,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
     """Why `block` cannot be part of the trunk's function in this step, or None if it can; UNASKED
     where nobody asked for the kernels or for a gradient."""
-    units = [module for module in block.modules() if isinstance(module, BatchNormAct)]
+    units = [m for m in block.modules() if isinstance(m, BatchNormAct | GroupNormAct)]
     if not any(unit.backend == "triton" for unit in units):
         return UNASKED
     if not torch.is_grad_enabled() or x.shape[0] == 0:
@@ -62,6 +63,10 @@ def why_not_trunk(block: nn.Module, x: Tensor) -> str | None:
         return f"{type(block).__name__} is no known chain of convolutions and norms"
     if _replaced(block):
         return "their forward is not the one that their chain describes"
+    if any(isinstance(unit, GroupNormAct) for unit in units):
+        return "their norms are no BatchNorms"
+    if block.beyond():
+        return f"the trunk has no launches for {', '.join(block.beyond())}"
     if not runs_triton(x):
         return f"the kernels do not run on {x.device}"
     if block.downsample is not None and len(block.downsample) != (1 if block.preact else 2):

@@ -1,4 +1,4 @@
-"""Plain-34, ResNet-34 and their smaller relatives: one class, a table of names.
+"""Plain-34, ResNet-34 and their relatives: one class, a table of names.
 
 Topology of the course report and of He et al. (2015): 7x7/2 stem of 64 channels, BatchNorm, ReLU,
 3x3/2 max-pool; four stages, stride 2 in the first block of stages 2-4; global average pool; a fully
@@ -8,18 +8,34 @@ With pre-activation (He et al. 2016) the stem's norm and activation are those of
 before it forks, and the last sum is normalised (`norm`) and activated before it is pooled.
 """
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from models.blocks import BasicBlock, PlainBlock, PreActBlock
+from kernels import ACTS
+from models.blocks import (
+    BasicBlock,
+    Block,
+    Bottleneck,
+    DeepStem,
+    Mods,
+    PlainBlock,
+    PreActBlock,
+    PreActBottleneck,
+    conv3x3,
+    norm_act,
+)
 from models.layers import run_layers
-from models.units import BatchNormAct, TrunkBlock, linear, set_backend, stem
+from models.mods import blur_pool
+from models.units import linear, set_backend, stem
 from profiling import nvtx
 
-STEMS = ("imagenet", "small")
+STEMS = ("imagenet", "small", "deep")
+NORMS = ("batch", "group", "layer")
+SHORTCUTS = ("conv", "avgpool")
 INITS = ("kaiming", "xavier", "zeros", "constant")
+CHOICES = {"act": ACTS[1:], "norm": NORMS, "stem": STEMS, "shortcut": SHORTCUTS, "init": INITS}
 
 
 class ResNet(nn.Module):
@@ -27,39 +43,52 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[TrunkBlock],
+        block: type[Block],
         depths: tuple[int, ...],
-        widths: tuple[int, ...] = (64, 128, 256, 512),
-        num_classes: int = 5,
-        act: str = "relu",
-        stem: str = "imagenet",
-        dropout: float = 0.0,
+        widths: tuple[int, ...],
+        num_classes: int,
+        act: str,
+        stem: str,
+        dropout: float,
+        mods: Mods,
     ):
         super().__init__()
-        if stem == "small":
-            self.conv1 = nn.Conv2d(3, widths[0], 3, stride=1, padding=1, bias=False)
-            self.maxpool = None
-        else:
-            self.conv1 = nn.Conv2d(3, widths[0], 7, stride=2, padding=3, bias=False)
-            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.bn1 = BatchNormAct(widths[0], act)
         c_in = widths[0]
-        for number, (depth, c_out) in enumerate(zip(depths, widths, strict=True), start=1):
-            blocks = []
+        self._make_stem(stem, c_in, act, mods)
+        count = 0
+        for number, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
+            blocks, c_out = [], width * block.expansion
             for index in range(depth):
-                blocks.append(block(c_in, c_out, 2 if number > 1 and index == 0 else 1, act))
+                count += 1
+                # the further back, the likelier to be skipped (Huang et al. 2016)
+                own = replace(mods, drop_path=mods.drop_path * count / sum(depths))
+                blocks.append(block(c_in, c_out, 2 if number > 1 and index == 0 else 1, act, own))
                 c_in = c_out
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         self.norm = None
         if block.preact:
             self.layer1[0].bn1 = None  # the stem's
-            self.norm = BatchNormAct(c_in, act)
+            self.norm = norm_act(mods.norm, c_in, act)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c_in, num_classes)
 
+    def _make_stem(self, stem: str, c_out: int, act: str, mods: Mods) -> None:
+        self.maxpool = None
+        if stem == "small":
+            self.conv1 = conv3x3(3, c_out)
+        elif stem == "deep":
+            self.conv1 = DeepStem(c_out, act, mods.norm)
+        else:
+            self.conv1 = nn.Conv2d(3, c_out, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_act(mods.norm, c_out, act)
+        if stem != "small":
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+            if mods.antialias:
+                self.maxpool = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), blur_pool())
+
     def forward(self, x: Tensor) -> Tensor:
-        x = nvtx.through(self._stem, "stem", x, self.conv1.weight)
+        x = nvtx.through(self._stem, "stem", x, next(self.conv1.parameters()))
         x = run_layers((self.layer1, self.layer2, self.layer3, self.layer4), x)
         return nvtx.through(self._head, "head", x)
 
@@ -74,59 +103,102 @@ class ResNet(nn.Module):
         return linear(self.fc, self.dropout(self.avgpool(x).flatten(1)))
 
 
+WIDTHS, MICRO = (64, 128, 256, 512), (16, 32, 48, 64)
 MODELS = {
-    "plain18": partial(ResNet, PlainBlock, (2, 2, 2, 2)),
-    "plain34": partial(ResNet, PlainBlock, (3, 4, 6, 3)),
-    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "plain18": (PlainBlock, (2, 2, 2, 2), WIDTHS),
+    "plain34": (PlainBlock, (3, 4, 6, 3), WIDTHS),
+    "resnet18": (BasicBlock, (2, 2, 2, 2), WIDTHS),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), WIDTHS),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), WIDTHS),
     # seconds instead of minutes on a CPU: for tests and for trying things out
-    "micro_plain": partial(ResNet, PlainBlock, (1, 1, 1, 1), (16, 32, 48, 64)),
-    "micro_resnet": partial(ResNet, BasicBlock, (1, 1, 1, 1), (16, 32, 48, 64)),
+    "micro_plain": (PlainBlock, (1, 1, 1, 1), MICRO),
+    "micro_resnet": (BasicBlock, (1, 1, 1, 1), MICRO),
+    "micro_bottleneck": (Bottleneck, (1, 1, 1, 1), MICRO),
 }
+PREACT = {BasicBlock: PreActBlock, Bottleneck: PreActBottleneck}
 
 
 def build_model(
     name: str,
     num_classes: int = 5,
     *,
+    width: float = 1.0,
     act: str = "relu",
+    norm: str = "batch",
     stem: str = "imagenet",
-    dropout: float = 0.0,
-    init: str = "kaiming",
+    se: bool = False,
     preact: bool = False,
+    shortcut: str = "conv",
+    antialias: bool = False,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+    init: str = "kaiming",
     zero_init_residual: bool = False,
     backend: str = "eager",
 ) -> ResNet:
     """Build a network of `MODELS` with its modifications.
 
-    act: activation of every block. stem: `imagenet` (7x7/2 and max-pool) or `small` (3x3/1, for
-    pictures under about 64 pixels). dropout: before the fully connected layer. init: see
-    `initialise`. preact: norm and activation before each convolution (He et al. 2016).
-    zero_init_residual: the last BatchNorm of each residual block starts at 0, so that blocks start
-    as identities (Goyal et al. 2017); with preact, where no norm is last, the last convolution.
-    backend: eager, compile or triton.
+    width: all channel counts are multiplied by it and rounded to multiples of 16. act: activation
+    of every block. norm: `batch`, `group` (32 groups or as many as divide the channels) or `layer`
+    (one group). stem: `imagenet` (7x7/2 and max-pool), `deep` (three 3x3 and max-pool; He et al.
+    2019) or `small` (3x3/1, for pictures under about 64 pixels). se: squeeze-and-excitation at the
+    end of each block's branch, before the addition (Hu et al. 2018); in plain blocks before the
+    last activation. preact: norm and activation before each convolution (He et al. 2016). shortcut:
+    where the size changes a 1x1/2 convolution (`conv`), or `avgpool`, 2x2 means and a 1x1
+    convolution (ResNet-D, He et al. 2019). antialias: blocks of stride 2, their shortcuts and the
+    max-pool filter before they leave pixels out (Zhang 2019); the stem's first convolution keeps
+    its stride. dropout: before the fully connected layer. drop_path: probability that a sample
+    skips the last block in training, less by equal steps in those before (Huang et al. 2016).
+    init: see `initialise`. zero_init_residual: the last norm of each residual block starts at 0, so
+    that blocks start as identities (Goyal et al. 2017); with preact, where no norm is last, the
+    last convolution. backend: eager, compile or triton.
 
-    Raises ValueError for an unknown name or a combination that means nothing.
+    Raises ValueError as `check_model` does.
     """
-    for value, known, what in (
-        (name, tuple(MODELS), "model"),
-        (stem, STEMS, "stem"),
-        (init, INITS, "init"),
-    ):
-        if value not in known:
-            raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(known)}")
-    make, block = MODELS[name], MODELS[name].args[0]
-    for flag, asked in (("--preact", preact), ("--zero-init-residual", zero_init_residual)):
-        if asked and not block.adds:
-            raise ValueError(f"{name} has no residual blocks: leave out {flag}")
-    if preact:
-        make = partial(make.func, PreActBlock, *make.args[1:])
-    model = make(num_classes=num_classes, act=act, stem=stem, dropout=dropout)
+    given = {"width": width, "dropout": dropout, "drop_path": drop_path, "preact": preact}
+    given |= {"act": act, "norm": norm, "stem": stem, "shortcut": shortcut, "init": init}
+    check_model(name, **given, zero_init_residual=zero_init_residual)
+    block, depths, widths = MODELS[name]
+    model = ResNet(
+        PREACT[block] if preact else block,
+        depths,
+        tuple(max(16, 16 * round(channels * width / 16)) for channels in widths),
+        num_classes,
+        act,
+        stem,
+        dropout,
+        Mods(norm, se, shortcut, antialias, drop_path),
+    )
     initialise(model, init)
     if zero_init_residual:
-        for block in (m for m in model.modules() if isinstance(m, TrunkBlock)):
-            nn.init.zeros_((block.conv2 if preact else block.bn2).weight)
+        for part in (m for m in model.modules() if isinstance(m, Block)):
+            conv, last = part.chain()[-1]
+            nn.init.zeros_((conv if preact else last).weight)
     return set_backend(model, backend)
+
+
+def check_model(name: str, **options: bool | float | str) -> None:
+    """Raise ValueError, in one sentence with the cure, for a model that `build_model` does not know
+    or a combination that means nothing."""
+    for key, known in (("model", tuple(MODELS)), *CHOICES.items()):
+        value = name if key == "model" else options.get(key, known[0])
+        if value not in known:
+            raise ValueError(f"unknown {key} {value!r}: choose one of {', '.join(known)}")
+    for key in ("dropout", "drop_path"):
+        if not 0 <= options.get(key, 0) < 1:
+            raise ValueError(f"{flag_of(key)} must be in [0, 1), not {options[key]}")
+    if not 0 < options.get("width", 1) < float("inf"):
+        raise ValueError(f"--width must be above 0, not {options['width']}")
+    if MODELS[name][0].adds:
+        return
+    for key in ("preact", "zero_init_residual", "drop_path", "shortcut"):
+        if options.get(key) not in (None, False, 0, "conv"):
+            raise ValueError(f"{flag_of(key)} needs residual blocks, {name} has none: leave it out")
+
+
+def flag_of(key: str) -> str:
+    """The flag of an option of `build_model`."""
+    return "--" + key.replace("_", "-")
 
 
 @torch.no_grad()

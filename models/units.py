@@ -15,6 +15,7 @@ import kernels
 from kernels.activation import REFERENCE
 from kernels.bn_stats import track
 from models import compiled, conv_plans, trunk
+from models.mods import GroupNormAct, SqueezeExcitation
 from models.weight_copies import stand_in
 
 
@@ -27,7 +28,7 @@ def set_backend(model: nn.Module, backend: str, plan: str = "known") -> nn.Modul
     """
     check_plan(plan)
     for module in model.modules():
-        if isinstance(module, BatchNormAct):
+        if isinstance(module, BatchNormAct | GroupNormAct | SqueezeExcitation):
             module.backend = backend
         if isinstance(module, BatchNormAct | TrunkBlock):
             module.plan, module.chosen = plan, {}
@@ -55,6 +56,10 @@ class TrunkBlock(nn.Module):
     preact = False  # whether a norm comes before its convolution, and the sum stays raw
     downsample: nn.Sequential | None  # a convolution and, without preact, a norm
 
+    def beyond(self) -> list[str]:
+        """What it computes besides its chain and its shortcut, in words."""
+        return []
+
     # what follows one another; with preact there may be no norm before the first convolution
     chain: "Callable[[], tuple[tuple[nn.Conv2d, BatchNormAct | None], ...]]"
 
@@ -75,15 +80,17 @@ class BatchNormAct(nn.BatchNorm2d):
         x: Tensor,
         residual: Tensor | None = None,
         residual_norm: "BatchNormAct | None" = None,
+        act: str | None = None,
     ) -> Tensor:
         """x and residual [N, C, H, W] -> [N, C, H, W].
 
         residual_norm normalises the residual first: the raw output of a shortcut convolution goes
-        in, and its BatchNorm is applied in the same pass.
+        in, and its BatchNorm is applied in the same pass. act: instead of the unit's own.
         """
+        act = act or self.act
         promotes = residual is not None and residual.dtype != x.dtype  # as eager's addition does
         if self.backend == "eager" or promotes:
-            return self._eager(x, residual, residual_norm)
+            return self._eager(x, residual, residual_norm, act)
         fused = kernels.bn_act if self.backend == "triton" else compiled.bn_act
         batch_statistics = self._uses_batch_statistics()
         if batch_statistics:
@@ -96,7 +103,7 @@ class BatchNormAct(nn.BatchNorm2d):
             self.running_var,
             residual=residual,
             residual_norm=None if residual_norm is None else residual_norm._affine(),
-            act=self.act,
+            act=act,
             training=batch_statistics,
             eps=self.eps,
         )
@@ -139,14 +146,14 @@ class BatchNormAct(nn.BatchNorm2d):
         return window == (3, 2, 1, 1, False) and not (hooked(pool) or hooked(self))
 
     def _eager(
-        self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None"
+        self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None", act: str
     ) -> Tensor:
         y = x if self.folded else super().forward(x)
         if residual_norm is not None:
             residual = residual_norm(residual)
         if residual is not None:
             y = y + residual
-        return F.relu(y, inplace=True) if self.act == "relu" else REFERENCE[self.act](y)
+        return F.relu(y, inplace=True) if act == "relu" else REFERENCE[act](y)
 
     def _uses_batch_statistics(self) -> bool:
         return self.training or self.running_mean is None
@@ -184,19 +191,25 @@ class BatchNormAct(nn.BatchNorm2d):
 
 def conv_norm_act(
     conv: nn.Module,
-    norm: BatchNormAct,
+    norm: BatchNormAct | GroupNormAct,
     x: Tensor,
     residual: Tensor | None = None,
     downsample: nn.Sequential | None = None,
+    act: str | None = None,
 ) -> Tensor:
-    """act(batch_norm(conv(x)) + downsample(residual)): x [N, C, H, W] -> [N, K, P, Q].
+    """act(norm(conv(x)) + downsample(residual)): x [N, C, H, W] -> [N, K, P, Q].
 
-    downsample: ends in a `BatchNormAct`; without it the residual is added as it is. In training
-    its BatchNorm runs in the same pass as `norm`; without gradients a convolution is one kernel,
+    downsample: ends in a norm's unit; without it the residual is added as it is. In training its
+    BatchNorm runs in the same pass as `norm`; without gradients a convolution is one kernel,
     BatchNorm, addition and activation included, unless the library and a pass are known to be
-    faster.
+    faster. act: instead of the norm's own.
     """
-    folds = _folds(conv, norm, x, residual is not None)
+    act = act or norm.act
+    if isinstance(norm, GroupNormAct):
+        if downsample is not None:
+            residual = conv_norm_act(*downsample, residual)
+        return norm(conv(x), residual, act)
+    folds = _folds(conv, norm, x, act, residual is not None)
     shortcut_norm = None
     if downsample is not None:
         *layers, shortcut_norm = downsample
@@ -205,12 +218,12 @@ def conv_norm_act(
             residual = layer(residual)
         # a pass has one mode; one of the two may be frozen
         alone = norm._uses_batch_statistics() != shortcut_norm._uses_batch_statistics()
-        if folds or alone or _folds(last, shortcut_norm, residual, False):
+        if folds or alone or _folds(last, shortcut_norm, residual, shortcut_norm.act, False):
             residual, shortcut_norm = conv_norm_act(last, shortcut_norm, residual), None
         else:
             residual = last(residual)
     if not folds or (residual is not None and residual.dtype != compute_dtype(x)):
-        return norm(conv(x), residual, shortcut_norm)
+        return norm(conv(x), residual, shortcut_norm, act)
     return kernels.conv_bn_act(
         x,
         conv.weight,
@@ -221,21 +234,23 @@ def conv_norm_act(
         residual=residual,
         stride=conv.stride[0],
         padding=conv.padding[0],
-        act=norm.act,
+        act=act,
         eps=norm.eps,
     )
 
 
-def stem(conv: nn.Module, norm: BatchNormAct, pool: nn.Module, x: Tensor) -> Tensor:
-    """pool(act(batch_norm(conv(x)))) for images x [N, C, H, W].
+def stem(conv: nn.Module, norm: BatchNormAct | GroupNormAct, pool: nn.Module, x: Tensor) -> Tensor:
+    """pool(act(norm(conv(x)))) for images x [N, C, H, W].
 
     Where the kernels run, the convolution of images is ours, which delivers the batch statistics,
     unless cuDNN's is known to be faster.
     """
+    if isinstance(norm, GroupNormAct):
+        return pool(norm(conv(x)))
     if norm._fuses(pool) and takes(conv, x) and conv.in_channels <= 4:
         learns = torch.is_grad_enabled() and conv.weight.requires_grad
         use = "stem training" if learns else "stem inference"
-        plan = conv_plans.settled(use, conv, norm, x, compute_dtype(x), False)
+        plan = conv_plans.settled(use, conv, norm, x, compute_dtype(x), norm.act, False)
         weight = stand_in(conv.weight, compute_dtype(x))
         geometry = {"stride": conv.stride[0], "padding": conv.padding[0]}
         if plan.forward:
@@ -255,14 +270,15 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, weight, None if layer.bias is None else stand_in(layer.bias, weight.dtype))
 
 
-def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor, has_residual: bool) -> bool:
+def _folds(conv: nn.Module, norm: BatchNormAct, x: Tensor, act: str, has_residual: bool) -> bool:
     """Whether convolution and norm run as one kernel: it knows no gradient and no batch
     statistics, and it is not known to be slower."""
     if norm.backend != "triton" or torch.is_grad_enabled() or norm._uses_batch_statistics():
         return False
     if not takes(conv, x):
         return False
-    return conv_plans.settled("inference", conv, norm, x, compute_dtype(x), has_residual).forward
+    site = (conv, norm, x, compute_dtype(x), act, has_residual)
+    return conv_plans.settled("inference", *site).forward
 
 
 def takes(conv: nn.Module, x: Tensor) -> bool:

@@ -9,11 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models import MODELS
+from models import MODELS, check_model
 from train.errors import UsageError
 
 MADE_SPLITS = ("grouped", "random")  # by us; every other is read from a file
-ModelName = Literal["plain18", "plain34", "resnet18", "resnet34", "micro_plain", "micro_resnet"]
+ModelName = Literal[
+    "plain18",
+    "plain34",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "micro_plain",
+    "micro_resnet",
+    "micro_bottleneck",
+]
 assert set(ModelName.__args__) == set(MODELS)
 
 
@@ -22,20 +31,35 @@ class ModelConfig:
     """What is trained."""
 
     model: ModelName = "resnet34"
-    """Network: plain ones have no shortcuts; micro ones are for trying things out."""
+    """Network: plain ones have no shortcuts, resnet50 has bottleneck blocks; micro ones are for
+    trying things out."""
+    width: float = 1.0
+    """Factor on all channel counts, rounded to multiples of 16: 2 is twice as wide."""
     act: Literal["relu", "leaky_relu", "silu", "gelu", "mish"] = "relu"
     """Activation of every block."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """First layers: 7x7/2 and max-pool, or 3x3/1 for pictures under about 64 pixels."""
-    dropout: float = 0.0
-    """Dropout before the fully connected layer."""
-    init: Literal["kaiming", "xavier", "zeros", "constant"] = "kaiming"
-    """Initial weights; zeros and constant show why symmetric weights do not learn."""
+    norm: Literal["batch", "group", "layer"] = "batch"
+    """Normalisation: over the batch, over 32 groups of channels of an image, or over the image."""
+    stem: Literal["imagenet", "small", "deep"] = "imagenet"
+    """First layers: 7x7/2 and max-pool; 3x3/1 for pictures under about 64 pixels; or three 3x3 and
+    max-pool (ResNet-D)."""
+    se: bool = False
+    """Squeeze-and-excitation: a gate for every channel at the end of each block's branch."""
     preact: bool = False
     """Residual blocks with pre-activation: norm and activation before each convolution."""
+    shortcut: Literal["conv", "avgpool"] = "conv"
+    """Shortcut where the size changes: a 1x1/2 convolution, or 2x2 means and a 1x1 (ResNet-D)."""
+    antialias: bool = False
+    """Filter before pixels are left out, in strided blocks and the max-pool."""
+    dropout: float = 0.0
+    """Dropout before the fully connected layer."""
+    drop_path: float = 0.0
+    """Stochastic depth: chance that an image skips the last block in training; earlier ones have
+    less."""
+    init: Literal["kaiming", "xavier", "zeros", "constant"] = "kaiming"
+    """Initial weights; zeros and constant show why symmetric weights do not learn."""
     zero_init_residual: bool = False
-    """Start residual blocks as identities: the last BatchNorm of each begins at 0, with --preact
-    the last convolution."""
+    """Start residual blocks as identities: the last norm of each begins at 0, with --preact the
+    last convolution."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +253,6 @@ def check(config: Config) -> None:
         ("--label-smoothing", optim.label_smoothing, 1),
         ("--clip-grad", optim.clip_grad, None),
         ("--ema", optim.ema, 1),
-        ("--dropout", config.model.dropout, 1),
         ("--mixup", config.data.mixup, None),
         ("--cutmix", config.data.cutmix, None),
         ("--max-bad", config.data.max_bad, 1),
@@ -240,14 +263,11 @@ def check(config: Config) -> None:
     _check_split(config.data)
     if optim.optimizer == "sgd" and optim.nesterov and not optim.momentum:
         raise UsageError("--nesterov needs --momentum above 0: add --momentum 0.9 or --no-nesterov")
-    for flag, asked in (
-        ("--preact", config.model.preact),
-        ("--zero-init-residual", config.model.zero_init_residual),
-    ):
-        if asked and "plain" in config.model.model:
-            raise UsageError(
-                f"{flag} needs residual blocks, {config.model.model} has none: leave it out"
-            )
+    options = dict(vars(config.model))
+    try:
+        check_model(options.pop("model"), **options)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _check_split(data: DataConfig) -> None:

@@ -20,6 +20,7 @@ from models import (
     BackendUnavailable,
     build_model,
     chosen_plans,
+    model_label,
     parameter_counts,
     resolve_backend,
     restore_plans,
@@ -154,7 +155,8 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
     model = build(config, len(classes), backend, device)
     parameters, trainable = parameter_counts(model)
     precision = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
-    print(f"model: {config.model.model}, {parameters:,} parameters, {precision}, on {device}")
+    label = model_label(config.model.model, vars(config.model))
+    print(f"model: {label}, {parameters:,} parameters, {precision}, on {device}")
     print(f"backend: {backend.name} ({backend.reason})")
     found = None
     if config.optim.lr == "find":
