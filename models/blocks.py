@@ -79,7 +79,7 @@ class Block(TrunkBlock):
             "squeeze-and-excitation": self.se,
             "stochastic depth": self.drop_path,
             "anti-aliasing": self.blur,
-            "pooled shortcut": self.pool,
+            "a pooled shortcut": self.pool,
         }
         return [name for name, part in parts.items() if part]
 

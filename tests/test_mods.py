@@ -16,6 +16,7 @@ from models import (
     MODELS,
     build_model,
     check_model,
+    compiled,
     folded,
     model_label,
     names,
@@ -312,11 +313,9 @@ class TestKernels:
         eager = eager.to(DEVICE, memory_format=torch.channels_last)
         fused = set_backend(copy.deepcopy(eager), "triton")
         exact = copy.deepcopy(eager).double()
-        x = torch.randn(4, 3, 32, 32, device=DEVICE)
+        x = torch.randn(2, 3, 32, 32, device=DEVICE)
+        dropped = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.bool, device=DEVICE)
         for model in (eager, fused, exact):
-            torch.manual_seed(1)
-            # the draws of stochastic depth must be the same, so they are made in float32
-            dropped = torch.rand(8, 4, device=DEVICE) < 0.5
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("models.blocks.drop_path", fixed(dropped))
                 model(x.to(next(model.parameters()).dtype)).square().sum().backward()
@@ -328,7 +327,9 @@ class TestKernels:
             away, eagers = ((g[key].double() - gradient).norm() / scale for g in (found, theirs))
             assert away <= 2 * eagers + 1e-4, f"{key}: {away} against {eagers}"
 
-    def test_compiled_step_is_eagers(self):
+    def test_compiled_step_is_eagers(self, monkeypatch):
+        """Inductor's part in it is tested in test_compiled."""
+        monkeypatch.setattr(compiled, "_compiled", lambda: compiled._PLAIN)
         torch.manual_seed(0)
         eager = spread(build_model("micro_resnet", 3, se=True, antialias=True))
         other = set_backend(copy.deepcopy(eager), "compile")
@@ -384,7 +385,7 @@ class TestKernels:
         name, options = parse_model(label)
         model = spread(build_model(name, **options)).eval()
         model = model.to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
-        x = torch.randn(2, 3, 32, 32, device=DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(1, 3, 32, 32, device=DEVICE, dtype=torch.bfloat16)
         with_residual = []
 
         def watched(x, *args, residual=None, **options):
