@@ -47,23 +47,20 @@ class GroupNormAct(nn.GroupNorm):
 
 class SqueezeExcitation(nn.Module):
     """x * sigmoid(fc2(relu(fc1(mean of x over H, W)))): a gate for every channel of an image (Hu et
-    al. 2018). Names and shapes of the parameters are torchvision's."""
+    al. 2018). Parameters are called as torchvision's, whose fc1 and fc2 are 1x1 convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
         squeezed = max(1, channels // REDUCTION)
-        self.fc1 = nn.Conv2d(channels, squeezed, 1)
-        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+        self.fc1 = nn.Linear(channels, squeezed)
+        self.fc2 = nn.Linear(squeezed, channels)
         self.backend = "eager"
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H, W]."""
-        if runs_kernel(self.backend, x):
-            mean = kernels.avg_pool(x)[:, :, None, None]
-        else:
-            mean = x.mean((2, 3), keepdim=True)
+        mean = kernels.avg_pool(x) if runs_kernel(self.backend, x) else x.mean((2, 3))
         gate = torch.sigmoid(self.fc2(F.relu(self.fc1(mean))))
-        return x * gate.to(x.dtype)
+        return x * gate.to(x.dtype)[:, :, None, None]
 
 
 def drop_path(x: Tensor, p: float) -> Tensor:

@@ -87,7 +87,7 @@ def composed(state, x, name, *, act="relu", norm="batch", stem="imagenet", **mod
         if mods["se"]:
             with torch.random.fork_rng():  # its own initial weights are not used
                 theirs = torchvision.ops.SqueezeExcitation(x.shape[1], x.shape[1] // 16).double()
-            own = {n: state[f"{site}.se.{n}"] for n, _ in theirs.named_parameters()}
+            own = {n: state[f"{site}.se.{n}"].view_as(p) for n, p in theirs.named_parameters()}
             x = torch.func.functional_call(theirs, own, x)
         p = mods.get("drop_path", 0) * int(site[5]) / 4  # Huang et al. 2016: linear, from the first
         return torchvision.ops.stochastic_depth(x, p, "row") if p else x
@@ -175,7 +175,8 @@ def test_forward_and_gradients_are_those_of_an_independent_composition(label):
 def test_known_parameter_counts():
     def count(label):
         name, options = parse_model(label)
-        return parameter_counts(build_model(name, 1000, **options))[0]
+        with torch.device("meta"):
+            return parameter_counts(build_model(name, 1000, **options))[0]
 
     assert count("resnet50") == 25_557_032  # torchvision
     assert count("resnet34+stem=deep+shortcut=avgpool") == 21_816_904  # timm's resnet34d
@@ -199,7 +200,8 @@ def test_known_parameter_counts():
 )
 def test_widths_are_multiples_of_16(label, widths):
     name, options = parse_model(label)
-    model = build_model(name, **options)
+    with torch.device("meta"):
+        model = build_model(name, **options)
     found = [model.get_submodule(f"layer{i}.0").chain()[-1][0].out_channels for i in (1, 2, 3, 4)]
     assert found == widths
 
@@ -313,7 +315,8 @@ class TestKernels:
         eager = eager.to(DEVICE, memory_format=torch.channels_last)
         fused = set_backend(copy.deepcopy(eager), "triton")
         exact = copy.deepcopy(eager).double()
-        x = torch.randn(2, 3, 32, 32, device=DEVICE)
+        # interpreting GroupNorm takes long, and it knows no batch
+        x = torch.randn(1 if "group" in label else 2, 3, 32, 32, device=DEVICE)
         dropped = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]], dtype=torch.bool, device=DEVICE)
         for model in (eager, fused, exact):
             with pytest.MonkeyPatch.context() as patch:
