@@ -12,7 +12,8 @@ from torchvision.models.resnet import Bottleneck
 
 from kernels.launch import record
 from models import build_model, fuse, set_backend, trunk, units
-from models.blocks import BasicBlock, PlainBlock, PreActBlock
+from models.blocks import BasicBlock, PlainBlock, PreActBlock, PreActBottleneck
+from models.blocks import Bottleneck as OurBottleneck
 from models.layers import run_layers, run_trunk
 from tests.helpers import DEVICE, assert_two_errors
 
@@ -87,6 +88,13 @@ def test_every_plan_matches_float64_with_preactivation(plan, dtype, act, activat
     if activated:
         blocks[0].bn1 = None
     check_against_float64(blocks, dtype, plan, generator)
+
+
+@pytest.mark.parametrize("plan", ["P1", "P4"])
+@pytest.mark.parametrize("cls", [OurBottleneck, PreActBottleneck])
+def test_three_convolutions_a_block(cls, plan, generator):
+    torch.manual_seed(2)
+    check_against_float64(make_chain(cls), torch.float32, plan, generator)
 
 
 def check_against_float64(blocks, dtype, plan, generator):

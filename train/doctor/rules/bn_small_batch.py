@@ -31,7 +31,7 @@ def check(signals: Signals) -> Finding | None:
         f"classified {probe['clean_accuracy']:.0%} right with the running statistics and "
         f"{probe['batch_accuracy']:.0%} with their own: {100 * gains[-1]:.0f} points more "
         f"(standard error {100 * errors[-1]:.0f})",
-        "train on larger batches, or normalise without the batch (group or layer norm)",
+        "train on larger batches, or normalise without the batch: --norm group",
         {"batch_size": 32},
     )
 
