@@ -1,7 +1,8 @@
 """What is wrong with a run: `python -m train.doctor RUN_DIR`, finished or running.
 
 With several folders, plain and residual networks among them are compared too. `--explain RULE` says
-what a rule means, why it happens, how it is recognised, what helps and what does not.
+what a rule means, why it happens, how it is recognised, what helps and what does not. `--try`
+measures what the primary finding's remedy brings, `--fix` starts the run again with it.
 """
 
 import sys
@@ -14,12 +15,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from train.doctor.diagnose import diagnose, told, write_diagnosis
+from train.doctor.diagnose import Diagnosis, diagnose, told, write_diagnosis
 from train.doctor.finding import Rule
 from train.doctor.request import compare_depth, try_one_batch
 from train.doctor.rules import RULES
 from train.doctor.section import add_findings
 from train.doctor.signals import FILE, Signals, load
+from train.doctor.trial import SEEDS, start_again, try_remedy
 from train.errors import LapisError, UsageError
 from train.page import Page
 
@@ -50,6 +52,16 @@ class Options:
     """Write a page with the findings and their pictures."""
     one_batch: bool = False
     """Train a fresh network of the run on 16 of its images first: can it learn them by heart?"""
+    try_: Annotated[bool, tyro.conf.arg(name="try")] = False
+    """Train briefly with the primary finding's remedy and without it, and print the effect."""
+    seeds: int = SEEDS
+    """Pairs of trainings for --try."""
+    epochs: int | None = None
+    """Epochs of each training for --try (default: until the finding was seen, 200 steps at
+    least)."""
+    fix: bool = False
+    """Start the run again with the primary finding's remedy, in a new folder beside the old one;
+    with --try only where the remedy helps."""
     debug: bool = False
     """Show a traceback with errors."""
 
@@ -61,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.explain is not None:
             print(explain(options.explain, options.language))
         elif options.runs:
-            judge(options)
+            return judge(options)
         else:
             raise UsageError("name a run folder, or a rule with --explain")
     except LapisError as error:
@@ -72,11 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def judge(options: Options) -> None:
-    """Print what all rules find in each run, and write its doctor.json.
+def judge(options: Options) -> int:
+    """Print what all rules find in each run, write its doctor.json, and try or start the remedy;
+    returns the exit code.
 
     Raises UsageError for a folder without signals.
     """
+    treats = options.try_ or options.fix
+    if treats and len(options.runs) > 1:
+        raise UsageError("--try and --fix treat one run: name one folder")
     runs = {folder: _signals(folder) for folder in options.runs}
     if len(runs) > 1:
         compare_depth(runs)
@@ -93,6 +109,18 @@ def judge(options: Options) -> None:
     if options.html is not None:
         page.write(options.html)
         print(f"page: {options.html}")
+    return treat(options, folder, signals, found) if treats else 0
+
+
+def treat(options: Options, folder: Path, signals: Signals, found: Sequence[Diagnosis]) -> int:
+    """Try the remedy, start it, or start it if it helped; returns the exit code."""
+    if options.try_:
+        effect = try_remedy(folder, signals, found, seeds=options.seeds, epochs=options.epochs)
+        print(effect.told())
+        if options.fix and not effect.helps:
+            print("not started again: the remedy was not seen to help")
+            return 0
+    return start_again(folder, found) if options.fix else 0
 
 
 def explain(rule_id: str, language: str) -> str:
