@@ -32,6 +32,7 @@ setup(
         "train",
         "train.data",
         "train.doctor",
+        "train.doctor.bench",
         "train.doctor.rules",
         "profiling",
     ],

@@ -1,0 +1,97 @@
+"""The benchmark's networks, and what spoils a network or its training."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from models import build_model
+from train.doctor.bench.pictures import CLASSES
+from train.training import Training
+
+
+def micro(name: str = "micro_resnet", **options) -> nn.Module:
+    return build_model(name, CLASSES, **{"stem": "small"} | options)
+
+
+def stack(
+    depth: int, act: type[nn.Module] = nn.ReLU, width: int = 16, norm=lambda width: None
+) -> nn.Module:
+    """Plain convolutions, one after the other."""
+    layers: list[nn.Module] = []
+    for number in range(depth):
+        into, stride = (width, 1) if number else (3, 4)
+        parts = (nn.Conv2d(into, width, 3, stride, padding=1), norm(width), act())
+        layers += [part for part in parts if part is not None]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+def changed_by(make: Callable[[], nn.Module], change: Callable[[nn.Module], Any]):
+    """The network of `make` after `change`."""
+
+    def changed() -> nn.Module:
+        model = make()
+        with torch.no_grad():
+            change(model)
+        return model
+
+    return changed
+
+
+def biased(value: float, kind: type[nn.Module] = nn.BatchNorm2d) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                nn.init.constant_(module.bias, value)
+
+    return change
+
+
+def small_weights(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.mul_(0.1)
+            module.bias.zero_()
+
+
+def shrinks() -> nn.Module:
+    """Stride 2 after stride 2, down to a point, and on."""
+    layers: list[nn.Module] = []
+    for number in range(6):
+        layers += [nn.Conv2d(16 if number else 3, 16, 3, 2, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(16), nn.Sigmoid()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+def narrow() -> nn.Module:
+    """One convolution of two filters, all that it may know of a picture two averages."""
+    return nn.Sequential(
+        nn.Conv2d(3, 2, 3, 2, bias=False),
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2, CLASSES),
+    )
+
+
+def forget(training: Training) -> None:
+    group = training.step.optimizer.param_groups[0]
+    group["params"] = group["params"][:-4]
+
+
+def never_trains(training: Training) -> None:
+    """`model.train()` is without effect, as if it were never called."""
+    training.model.eval()
+    training.model.train = lambda mode=True: training.model
+
+
+def never_evaluates(training: Training) -> None:
+    training.model.eval = lambda: training.model
+
+
+def leap(training: Training) -> None:
+    """From step 40 on the rate is a thousand times what the schedule says."""
+    usual = training.learning_rate
+    training.learning_rate = lambda: usual() * (1000 if training.steps >= 40 else 1)
