@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import t
+from torch import nn
 from tqdm import tqdm
 
 from models import Backend
@@ -140,6 +141,8 @@ def try_remedy(
     if measure != LOSS and not len(inputs.split.val):
         raise UsageError(f"{primary['rule']} is judged by validation, and the run has none")
     others = inputs if after.data == before.data else load_inputs(after)
+    if after.optim.lr == "find":
+        after = _with_found_rate(others, after, device)
     per_epoch = signals.start["steps_per_epoch"]
     if epochs is None:
         needed = math.ceil(max(STEPS, primary["first_step"]) / per_epoch)
@@ -203,6 +206,22 @@ def _shortened(config: Config, seed: int, epochs: int) -> Config:
     )
 
 
+def _with_found_rate(inputs: Inputs, config: Config, device: torch.device) -> Config:
+    """The recipe with the rate that --lr find finds for the run's own seed, which all pairs then
+    train with: the test is a part of the remedy, and takes as long as a training."""
+    amp_dtype = choose_amp(config.run.amp, device)
+    loader, _ = make_loaders(inputs, config, amp_dtype or torch.float32, device)
+    model = _network(inputs, config, device)
+    found = find_rate(model, config.optim, loader, amp_dtype, inputs.train_counts())
+    print(f"--lr find: {found.suggestion:g} ({found.reason})")
+    return replace(config, optim=replace(config.optim, lr=found.suggestion))
+
+
+def _network(inputs: Inputs, config: Config, device: torch.device) -> nn.Module:
+    torch.manual_seed(config.run.seed)
+    return run.build(config, len(inputs.train_counts()), Backend("eager", "a trial"), device)
+
+
 def _result(
     inputs: Inputs,
     config: Config,
@@ -215,13 +234,8 @@ def _result(
     amp_dtype = choose_amp(config.run.amp, device)
     loader, val_loader = make_loaders(inputs, config, amp_dtype or torch.float32, device)
     counts = inputs.train_counts()
-    torch.manual_seed(config.run.seed)
-    model = run.build(config, len(counts), Backend("eager", "a trial"), device)
-    if config.optim.lr == "find":
-        found = find_rate(model, config.optim, loader, amp_dtype, counts)
-        config = replace(config, optim=replace(config.optim, lr=found.suggestion))
     training = Training(
-        model,
+        _network(inputs, config, device),
         config.optim,
         total_steps=config.optim.epochs * len(loader),
         amp_dtype=amp_dtype,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from train.command import run_command
 from train.doctor.bench.cases import Job, jobs, quick_jobs
 from train.doctor.bench.score import score, table
-from train.doctor.bench.watched import train_job
+from train.doctor.bench.watched import train_job, train_named
 from train.errors import UsageError
 from train.files import write_atomically
 from train.record import write_json
@@ -110,24 +110,15 @@ def _trained(left: Sequence[Job], at_once: int) -> Iterator[tuple[Job, dict[str,
         return
     # a process that has computed must not be forked: threads of its libraries are missing in it
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(at_once, spawn, _one_core) as pool:
+    with ProcessPoolExecutor(at_once, spawn, torch.set_num_threads, (1,)) as pool:
         places = {job.name: job for job in left}
-        running = {pool.submit(_named, name): name for name in places}
+        running = {pool.submit(train_named, name): name for name in places}
         try:
             for done in as_completed(running):
                 yield places[running[done]], done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _one_core() -> None:
-    torch.set_num_threads(1)
-
-
-def _named(name: str) -> dict[str, Any]:
-    """The kinds hold functions, which do not travel between processes: their names do."""
-    return train_job(next(job for job in jobs() if job.name == name))
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ QUICK_FAULTS = (
     "frozen-stage",
     "loud-head",
     "bytes",
-    "copied-pictures",
+    "never-trains",
     "drowned-norms",
 )
 QUICK_SOUND = (

@@ -1,10 +1,11 @@
 """The benchmark's networks, and what spoils a network or its training."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import build_model
 from train.doctor.bench.pictures import CLASSES
@@ -82,13 +83,26 @@ def forget(training: Training) -> None:
 
 
 def never_trains(training: Training) -> None:
-    """`model.train()` is without effect, as if it were never called."""
-    training.model.eval()
-    training.model.train = lambda mode=True: training.model
+    """Each step begins with `model.eval()`."""
+    usual = training.run_step
+
+    def run_step(*inputs: Tensor) -> Tensor:
+        training.model.eval()
+        return usual(*inputs)
+
+    training.run_step = run_step
 
 
 def never_evaluates(training: Training) -> None:
-    training.model.eval = lambda: training.model
+    """The validation runs in training mode."""
+    usual = training.autocast
+
+    def autocast() -> contextlib.AbstractContextManager:
+        if torch.is_inference_mode_enabled():
+            training.model.train()
+        return usual()
+
+    training.autocast = autocast
 
 
 def leap(training: Training) -> None:

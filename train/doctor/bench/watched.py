@@ -14,7 +14,7 @@ from torch import Tensor
 
 from train.config import DEFAULT, to_dict
 from train.data.loader import Batch
-from train.doctor.bench.cases import Job
+from train.doctor.bench.cases import Job, jobs
 from train.doctor.bench.pictures import CLASSES, Pictures
 from train.doctor.probe import IMAGES
 from train.doctor.watch import Doctor
@@ -123,6 +123,12 @@ def train_job(job: Job) -> dict[str, Any]:
         "share": doctor.spent / doctor.trained if doctor.trained else None,
         "seconds": time.perf_counter() - started,
     }
+
+
+def train_named(name: str) -> dict[str, Any]:
+    """`train_job` for another process: the kinds hold functions, which do not travel, and what a
+    package's __main__ defines cannot be found there."""
+    return train_job(next(job for job in jobs() if job.name == name))
 
 
 def _batch(pictures: Pictures, rows: Tensor) -> Batch:
