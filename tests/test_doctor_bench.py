@@ -1,4 +1,4 @@
-"""The doctor's benchmark: its list of trainings, its bookkeeping on made results, its quick part."""
+"""The doctor's benchmark: its list, its bookkeeping on made results, its quick part."""
 
 import json
 from collections import Counter
@@ -24,6 +24,7 @@ def result(kind, causes=(), found=(), *, half="scoring", seed=0, told=None):
         ],
         "told": told,
         "steps": 100,
+        "val_accuracy": 0.5,
         "share": 0.1,
     }
 
@@ -80,8 +81,8 @@ def test_the_table_has_every_kind_and_both_halves():
     assert "| faults detected | 100.0% (1 of 1; 20.7 to 100.0) | 60.0% (3 of 5;" in text
     assert "| false PROBLEM in sound trainings | - | 25.0% (1 of 4;" in text
     assert "| causes of the false ones | - | underfit 1, geometry 1 |" in text
-    assert "| h | scoring | nothing | 2/2 | - 2 |" in text
-    assert "| d | scoring | overfit or underfit | 0/1 | - 1 |" in text
+    assert "| h | scoring | nothing | 2/2 | - 2 | 50% |" in text
+    assert "| d | scoring | overfit or underfit | 0/1 | - 1 | 50% |" in text
 
 
 def test_finished_trainings_are_not_repeated(tmp_path, monkeypatch, capsys):

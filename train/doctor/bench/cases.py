@@ -17,11 +17,11 @@ from train.doctor.bench.networks import (
     changed_by,
     forget,
     leap,
+    mean_colour,
     micro,
     narrow,
     never_evaluates,
     never_trains,
-    shrinks,
     small_weights,
     stack,
 )
@@ -37,6 +37,7 @@ from train.doctor.bench.pictures import (
     patterns,
     random_labels,
     rare,
+    unevenly_lit,
 )
 from train.training import Training
 
@@ -170,25 +171,20 @@ FAULTS: tuple[Case, ...] = (
     ),
     Case(
         "batches-of-two",
-        ("bn_small_batch",),
-        optim=replace(STEADY, batch_size=2),
+        ("bn_small_batch", "lr_too_high"),
+        optim=replace(STEADY, batch_size=2, lr=0.2),
         epochs=6,
-        data=lambda seed: patterns(seed, 96, noise=2.0),
+        data=unevenly_lit,
     ),
     Case(
         "batches-of-two-plain",
-        ("bn_small_batch",),
+        ("bn_small_batch", "lr_too_high"),
         lambda: micro("micro_plain"),
-        replace(STEADY, batch_size=2, lr=0.02),
+        replace(STEADY, batch_size=2, lr=0.1),
         epochs=6,
-        data=lambda seed: patterns(seed, 96, noise=2.0),
+        data=unevenly_lit,
     ),
-    Case(
-        "decayed-away",
-        ("underfit", "stagnation"),
-        optim=replace(STEADY, weight_decay=1.0),
-        epochs=30,
-    ),
+    Case("mean-colour", ("underfit", "stagnation"), mean_colour, epochs=30, data=dishes),
     Case(
         "two-filters",
         ("underfit",),
@@ -196,9 +192,7 @@ FAULTS: tuple[Case, ...] = (
         epochs=30,
         data=lambda seed: patterns(seed, 320),
     ),
-    Case(
-        "shrinks", ("geometry", "vanishing_gradient"), shrinks, replace(STEADY, lr=0.01), epochs=16
-    ),
+    Case("deep-plain", ("vanishing_gradient", "geometry"), lambda: stack(24), **LONG),
     Case("copied-pictures", ("leakage",), data=leaked(40), twins=40),
 )
 

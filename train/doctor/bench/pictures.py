@@ -113,3 +113,16 @@ def leaked(count: int):
         return (images, labels), (others, other_labels)
 
     return make
+
+
+def unevenly_lit(seed: int) -> tuple[Pictures, Pictures]:
+    """Few patterns, each picture with a contrast and colours of its own: two of them say little of
+    the others' mean and deviation."""
+    made = torch.Generator().manual_seed(seed)
+
+    def light(images: Tensor) -> Tensor:
+        contrast = torch.exp(0.8 * torch.randn(len(images), 1, 1, 1, generator=made))
+        return images * contrast + 2 * torch.randn(len(images), 3, 1, 1, generator=made)
+
+    (images, labels), (others, other_labels) = patterns(seed, 96)
+    return (light(images), labels), (light(others), other_labels)

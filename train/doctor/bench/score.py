@@ -67,8 +67,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     lines.append(f"| causes of the false ones | {' | '.join(causes)} |")
     lines += [
         "",
-        "| training | half | expected | right first | found first |",
-        "|---|---|---|---|---|",
+        "| training | half | expected | right first | found first | val accuracy (median) |",
+        "|---|---|---|---|---|---|",
     ]
     for kind in dict.fromkeys(r["kind"] for r in results):
         own = [r for r in results if r["kind"] == kind]
@@ -77,7 +77,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         right = sum(_right(r, _problems(r)[:1]) if causes else not _problems(r) for r in own)
         found = ", ".join(f"{rule} {count}" for rule, count in first.most_common())
         expected = " or ".join(causes) or "nothing"
-        lines.append(f"| {kind} | {own[0]['half']} | {expected} | {right}/{len(own)} | {found} |")
+        seen = [r["val_accuracy"] for r in own if r["val_accuracy"] is not None]
+        val = f"{median(seen):.0%}" if seen else "-"
+        row = (kind, own[0]["half"], expected, f"{right}/{len(own)}", found, val)
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 
