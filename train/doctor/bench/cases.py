@@ -239,7 +239,7 @@ SOUND: tuple[Case, ...] = (
     Case("focal", optim=replace(STEADY, loss="focal")),
     Case("clipped", optim=replace(STEADY, clip_grad=1.0)),
     Case("no-norm", make=lambda: stack(3), optim=replace(ADAMW, lr=2e-3)),
-    Case("group-norm", make=lambda: stack(4, norm=lambda width: nn.GroupNorm(4, width))),
+    Case("group-norm", make=lambda: micro(norm="group")),
     Case("large-batch", optim=replace(OWN, batch_size=64), epochs=24),
     Case("noisy-pictures", optim=OWN, data=lambda seed: patterns(seed, 640, noise=2.0), epochs=6),
     Case("dishes", optim=OWN, data=lambda seed: dishes(seed, 400, 120), epochs=6),

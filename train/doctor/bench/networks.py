@@ -16,15 +16,12 @@ def micro(name: str = "micro_resnet", **options) -> nn.Module:
     return build_model(name, CLASSES, **{"stem": "small"} | options)
 
 
-def stack(
-    depth: int, act: type[nn.Module] = nn.ReLU, width: int = 16, norm=lambda width: None
-) -> nn.Module:
-    """Plain convolutions, one after the other."""
+def stack(depth: int, act: type[nn.Module] = nn.ReLU, width: int = 16) -> nn.Module:
+    """Plain convolutions, one after the other, without norms."""
     layers: list[nn.Module] = []
     for number in range(depth):
         into, stride = (width, 1) if number else (3, 4)
-        parts = (nn.Conv2d(into, width, 3, stride, padding=1), norm(width), act())
-        layers += [part for part in parts if part is not None]
+        layers += [nn.Conv2d(into, width, 3, stride, padding=1), act()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
 
 
