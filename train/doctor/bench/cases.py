@@ -100,7 +100,10 @@ FAULTS: tuple[Case, ...] = (
     Case("tiny-rate-adamw", ("lr_too_low",), optim=replace(ADAMW, lr=1e-8), **LONG),
     Case("sigmoids", ("vanishing_gradient",), lambda: stack(34, nn.Sigmoid), **LONG),
     Case(
-        "faint-tanh", ("vanishing_gradient",), changed_by(lambda: stack(20, nn.Tanh), small_weights)
+        "faint-tanh",
+        ("vanishing_gradient",),
+        changed_by(lambda: stack(20, nn.Tanh), small_weights),
+        **LONG,
     ),
     Case(
         "drowned-norms",
@@ -190,7 +193,7 @@ FAULTS: tuple[Case, ...] = (
         ("underfit",),
         narrow,
         epochs=30,
-        data=lambda seed: patterns(seed, 320),
+        data=dishes,
     ),
     Case("deep-plain", ("vanishing_gradient", "geometry"), lambda: stack(24), **LONG),
     Case("copied-pictures", ("leakage",), data=leaked(40), twins=40),
