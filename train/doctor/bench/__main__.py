@@ -24,7 +24,7 @@ from train.doctor.bench.cases import Job, jobs, quick_jobs
 from train.doctor.bench.score import score, table
 from train.doctor.bench.watched import train_job, train_named
 from train.errors import UsageError
-from train.files import write_atomically
+from train.files import unwritable, write_atomically
 from train.record import write_json
 
 HALVES = ("fixing", "scoring")
@@ -57,15 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: bench(options), debug=options.debug, interrupted=again)
 
 
-def bench(options: Options) -> list[dict[str, Any]]:
-    """Run what is not finished, write bench.json and bench.md; returns all results, in order.
+def bench(options: Options) -> None:
+    """Run what is not finished, write bench.json and bench.md, and print the latter.
 
     Raises UsageError and DiskError.
     """
     chosen = choose(options)
     folder = options.out / "trainings"
     left = [job for job in chosen if not (folder / f"{job.name}.json").exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from error
     with tqdm(total=len(chosen), initial=len(chosen) - len(left), unit="training") as bar:
         for job, result in _trained(left, options.jobs):
             write_json(folder / f"{job.name}.json", result)
@@ -76,7 +79,6 @@ def bench(options: Options) -> list[dict[str, Any]]:
     text = table(results)
     write_atomically(options.out / "bench.md", text.encode())
     print(text)
-    return results
 
 
 def choose(options: Options) -> list[Job]:

@@ -61,12 +61,12 @@ def few_dishes(seed: int) -> tuple[Pictures, Pictures]:
     return (images[:48], labels[:48]), val
 
 
-def changed(change: Callable[[Tensor], Tensor], both: bool = True):
-    """Patterns whose pixels `change` alters, in validation too if `both`."""
+def changed(change: Callable[[Tensor], Tensor]):
+    """Patterns whose pixels `change` alters, in validation too."""
 
     def make(seed: int) -> tuple[Pictures, Pictures]:
         (images, labels), (others, other_labels) = patterns(seed)
-        return (change(images), labels), (change(others) if both else others, other_labels)
+        return (change(images), labels), (change(others), other_labels)
 
     return make
 
@@ -89,7 +89,6 @@ def look_alike(seed: int) -> tuple[Pictures, Pictures]:
 
 def rare(seed: int) -> tuple[Pictures, Pictures]:
     """Two training pictures of the last class and 80 of each other, under much noise."""
-    _, val = patterns(seed, val=200, noise=2.0)
     (images, labels), val = patterns(seed, 320, val=200, noise=2.0)
     kept = torch.cat([(labels != 3).nonzero()[:, 0], (labels == 3).nonzero()[:2, 0]])
     return (images[kept], labels[kept]), val
