@@ -64,6 +64,7 @@ def finished(photos, tmp_path_factory) -> Path:
 def test_run_folder_is_complete(finished):
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert files == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "signals.jsonl",
