@@ -160,6 +160,15 @@ def test_only_temporaries_are_removed(tmp_path):
 # ---- whole runs
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A fork of a process whose threads compute would wait for them forever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 FLAGS = [
     *("--data", "synthetic", "--limit", "60", "--model", "micro_resnet", "--image-size", "32"),
     *("--epochs", "3", "--batch-size", "8", "--threads", "1", "--dropout", "0.2"),
@@ -274,10 +283,20 @@ def assert_resumes(folder: Path, expected: dict) -> None:
     assert differences(final(folder), expected) == []
 
 
+def assert_goes_on(folder: Path, flags: list[str], expected: dict) -> None:
+    """Killed before it was a run, the same command starts it again."""
+    if (folder / "config.json").exists():
+        assert_resumes(folder, expected)
+        return
+    assert end(fresh(folder, *flags)) == 0, errors(folder)
+    assert differences(final(folder), expected) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
         (RICH, "config.json:replaced"),
+        (RICH, "last.pt:synced"),
         (RICH, "last.pt:moved:3"),
         (RICH, "best.pt:replaced"),
         (RICH, "metrics.jsonl:replaced:4"),
@@ -289,7 +308,7 @@ def assert_resumes(folder: Path, expected: dict) -> None:
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, whole, flags, fault):
     folder = tmp_path / "run"
     assert end(fresh(folder, *flags, fault=fault)) == -signal.SIGKILL, errors(folder)
-    assert_resumes(folder, whole(flags))
+    assert_goes_on(folder, flags, whole(flags))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -391,11 +410,7 @@ def test_killed_at_every_write_boundary(tmp_path, whole, stage, file, time):
         assert differences(final(folder), whole(RICH)) == []
         return
     assert code == -signal.SIGKILL, errors(folder)
-    if not (folder / "config.json").exists():  # killed before it was a run: start again
-        assert end(fresh(folder, *RICH)) == 0
-        assert differences(final(folder), whole(RICH)) == []
-        return
-    assert_resumes(folder, whole(RICH))
+    assert_goes_on(folder, RICH, whole(RICH))
 
 
 @pytest.mark.faults

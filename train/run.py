@@ -211,6 +211,8 @@ def _train(
     else:
         folder = create_run_folder(config.run.out, config.model.model)
         held.enter_context(locked(folder))
+        for place in (folder, folder / "checkpoints"):  # of one killed before it was a run
+            remove_temporaries(place)
         write_atomically(folder / "split.csv", inputs.split_csv())
         try:
             draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
