@@ -347,6 +347,24 @@ def test_a_signal_stops_between_two_steps_and_the_run_goes_on(tmp_path, whole, n
     assert_resumes(folder, whole(RICH))
 
 
+@pytest.mark.parametrize(("step", "steps"), [(1, 2), (7, 7)])
+def test_a_signal_behind_the_first_step_and_the_last(tmp_path, whole, monkeypatch, step, steps):
+    folder = tmp_path / "run"
+
+    class Signal(Listener):
+        def step_ended(self, done):
+            if done.number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "main", partial(run.main, watching=[Signal()]))
+    assert end(fresh(folder, *PLAIN)) == 75
+    # after the next step, if there is one; else before validation
+    assert checkpoint.load(folder / "checkpoints" / "last.pt")["tally"]["steps"] == steps
+    assert f"stopped after step {steps} of epoch 1 and saved" in errors(folder)
+    monkeypatch.undo()
+    assert_resumes(folder, whole(PLAIN))
+
+
 def test_signals_during_a_save_corrupt_nothing(tmp_path, whole):
     folder = tmp_path / "run"
     child = fresh(folder, *RICH, fault="last.pt:written:3:wait")

@@ -124,7 +124,7 @@ def train_epoch(
     stop, tally = stop or Stop(), training.tally_of(epoch)
 
     def pause(number: int) -> bool:
-        due = steps_per_pause and number % steps_per_pause == 0
+        due = steps_per_pause > 0 and number % steps_per_pause == 0
         return due or stop.asked is not None
 
     training.model.train()
