@@ -254,6 +254,7 @@ def final(folder: Path) -> dict:
     found = {}
     for name in ("last", "best"):
         found[name] = without_times(checkpoint.load(folder / "checkpoints" / f"{name}.pt"))
+        found[name].pop("versions")  # with the commit
         for place in ("out", "resume"):
             found[name]["config"]["run"].pop(place)
     found["metrics"] = without_times(read_jsonl(folder / "metrics.jsonl"))
