@@ -47,11 +47,11 @@ class Photos:
     def __len__(self):
         return -(-len(self.labels) // self.size)
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, start=0):
         rows = torch.arange(len(self.labels))
         if self.shuffle:
             rows = torch.randperm(len(rows), generator=torch.Generator().manual_seed(epoch))
-        for chunk in rows.split(self.size):
+        for chunk in rows.split(self.size)[start:]:
             yield Batch(self.images[chunk], self.labels[chunk], chunk)
 
 

@@ -19,7 +19,7 @@ from sklearn.metrics import precision_score, recall_score
 from train import files
 from train.errors import CheckpointError, DiskError, UsageError
 from train.plots import plot_confusion, plot_curves
-from train.record import append_jsonl, create_run_folder, read_jsonl, write_json
+from train.record import create_run_folder, read_jsonl, write_json, write_jsonl
 from train.run_report import verdict, wilson, write_report
 
 CLASSES = ["bakso", "<img src=x onerror=alert(1)>", "$rendang$"]
@@ -184,16 +184,13 @@ def test_files_get_the_mode_any_new_file_gets(tmp_path):
 def test_json_lines_survive_a_tear_anywhere(tmp_path_factory, records, data):
     path = tmp_path_factory.mktemp("lines") / "m.jsonl"
     assert read_jsonl(path) == []
-    for record in records:
-        append_jsonl(path, record)
+    write_jsonl(path, records)
     assert read_jsonl(path) == records
     content = path.read_bytes() if records else b""
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
     whole = content[: cut + 1].count(b"\n")  # all lines but the newline is a whole record too
     assert read_jsonl(path) == records[:whole]
-    append_jsonl(path, {"after": 1})
-    assert read_jsonl(path) == [*records[:whole], {"after": 1}]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path):
@@ -203,9 +200,9 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path):
         read_jsonl(path)
 
 
-def test_appending_to_a_folder_that_is_gone(tmp_path):
+def test_lines_for_a_folder_that_is_gone(tmp_path):
     with pytest.raises(DiskError, match="gone"):
-        append_jsonl(tmp_path / "gone" / "m.jsonl", {})
+        write_jsonl(tmp_path / "gone" / "m.jsonl", [])
 
 
 # Pictures

@@ -64,6 +64,7 @@ def finished(photos, tmp_path_factory) -> Path:
 def test_run_folder_is_complete(finished):
     files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     assert files == {
+        ".lock",
         "config.json",
         "metrics.jsonl",
         "signals.jsonl",
@@ -186,9 +187,9 @@ def test_resume_is_exact(photos, tmp_path, monkeypatch, extra, capsys):
 
 def test_resume_refuses_changed_data(finished, photos, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "copy"
-    (copy / "checkpoints").mkdir(parents=True)
+    copy.mkdir()
     state = checkpoint.load(finished / "checkpoints" / "last.pt")
-    torch.save({**state, "data_digest": "other"}, copy / "checkpoints" / "last.pt")
+    checkpoint.save(copy / "checkpoints", {**state, "data_digest": "other"}, best=False)
     assert main("--resume", copy) == 4
     assert "changed since this run began" in capsys.readouterr().err
 

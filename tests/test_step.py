@@ -48,8 +48,8 @@ class Batches:
     def __len__(self):
         return len(self.batches)
 
-    def epoch(self, epoch):
-        yield from self.batches
+    def epoch(self, epoch, start=0):
+        yield from self.batches[start:]
 
 
 def training(config: OptimConfig = OPTIM, total=STEPS, **options) -> Training:

@@ -163,6 +163,8 @@ class RunConfig:
     """Bit-equal runs on the same device, slower."""
     doctor: bool = True
     """Watch the training and say what goes wrong, in at most 2 % of its time."""
+    steps_per_checkpoint: int = 0
+    """Training steps from one checkpoint to the next; 0 saves after each epoch only."""
     out: Path | None = None
     """Run folder (default: runs/<date>-<model>-NNN)."""
     resume: Path | None = None
@@ -243,6 +245,7 @@ def check(config: Config) -> None:
         ("--batch-size", optim.batch_size, 1),
         ("--val-batch-size", optim.val_batch_size, 1),
         ("--image-size", config.data.image_size, 8),
+        ("--steps-per-checkpoint", config.run.steps_per_checkpoint, 0),
     ):
         if value < least:
             raise UsageError(f"{flag} must be at least {least}, not {value}")

@@ -44,3 +44,17 @@ class DiskError(LapisError):
     """A file or folder that cannot be written."""
 
     exit_code = 7
+
+
+class LockedError(LapisError):
+    """A run folder in which another process trains."""
+
+    exit_code = 8
+
+
+class Stopped(Exception):
+    """A signal has stopped a training, whose state is saved: no error. interrupted: by SIGINT."""
+
+    def __init__(self, interrupted: bool):
+        super().__init__("interrupted" if interrupted else "stopped")
+        self.exit_code = 130 if interrupted else 75

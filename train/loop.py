@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from profiling import nvtx
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, ViewLoader
+from train.errors import Stopped
 from train.metrics import fit_temperature
+from train.optim import learning_rate
+from train.stop import Stop
 from train.training import NonFiniteLoss, Step, Training, Underway
 
 LATE = 4  # steps a GPU may be behind the host before the host waits for it
@@ -33,6 +36,9 @@ class Listener:
 
     def step_ended(self, step: Step) -> None: ...
 
+    def paused(self, training: Training, stopping: bool) -> None:
+        """No step is under way: what `training` holds can be saved. `stopping`: nothing follows."""
+
     def evaluated(self, logits: Tensor, labels: Tensor) -> None: ...
 
     def epoch_ended(self, training: Training, record: dict[str, Any]) -> None: ...
@@ -46,13 +52,21 @@ def fit(
     val_loader: Loader | ResidentLoader | None,
     num_classes: int,
     listeners: Sequence[Listener],
+    stop: Stop | None = None,
+    steps_per_pause: int = 0,
 ) -> None:
-    """Train from the epoch after the history's last to the configured number of epochs.
+    """Train from where `training` stands to the configured number of epochs, and pause every so
+    many steps of an epoch; 0 is never.
 
-    Raises NonFiniteLoss.
+    Raises NonFiniteLoss, and Stopped, after a last pause, when `stop` asks for it.
     """
+    stop = stop or Stop()
     try:
-        _fit(training, train_loader, val_loader, num_classes, listeners)
+        _fit(training, train_loader, val_loader, num_classes, listeners, stop, steps_per_pause)
+    except Stopped:
+        for listener in listeners:
+            listener.paused(training, stopping=True)
+        raise
     except NonFiniteLoss as error:
         for listener in listeners:
             listener.ended(error)
@@ -67,16 +81,19 @@ def _fit(
     val_loader: Loader | ResidentLoader | None,
     num_classes: int,
     listeners: Sequence[Listener],
+    stop: Stop,
+    steps_per_pause: int,
 ) -> None:
     for epoch in range(len(training.history) + 1, training.config.epochs + 1):
         for listener in listeners:
             listener.epoch_started(epoch, len(train_loader))
         with nvtx.range("epoch", epoch):
-            record = {"epoch": epoch, **train_epoch(training, train_loader, epoch, listeners)}
+            trained = train_epoch(training, train_loader, epoch, listeners, stop, steps_per_pause)
+        record = {"epoch": epoch, **trained}
         record |= {"val_loss": None, "val_accuracy": None}
         if val_loader is not None:
             with nvtx.range("validation", epoch), evaluating(training) as model:
-                logits, labels = evaluate(training, model, val_loader)
+                logits, labels = evaluate(training, model, val_loader, stop)
                 for listener in listeners:
                     listener.evaluated(logits, labels)
             confusion = count_confusion(logits, labels, num_classes)
@@ -99,48 +116,62 @@ def train_epoch(
     loader: Loader | ResidentLoader | ViewLoader,
     epoch: int,
     listeners: Sequence[Listener],
+    stop: Stop | None = None,
+    steps_per_pause: int = 0,
 ) -> dict[str, Any]:
-    """All steps of one epoch; the epoch's mean loss, accuracy, learning rate and speed."""
-    started = time.perf_counter()
-    learning_rate = training.learning_rate()
+    """All steps of one epoch that are left; the epoch's mean loss, accuracy, learning rate and
+    speed. Raises NonFiniteLoss and Stopped."""
+    stop, tally = stop or Stop(), training.tally_of(epoch)
+
+    def pause(number: int) -> bool:
+        due = steps_per_pause > 0 and number % steps_per_pause == 0
+        return due or stop.asked is not None
+
     training.model.train()
     training.step.refresh(anew=True)  # a listener may have written to weights in uncounted ways
-    images = counted = skipped = 0
-    loss = correct = 0.0
-    for step in finished_steps(training, loader, epoch):
-        images += step.images
-        skipped += step.skipped
-        if math.isfinite(step.loss):
-            counted += step.images
-            loss += step.loss * step.images
-            correct += step.correct
-        for listener in listeners:
-            listener.step_ended(step)
-    seconds = time.perf_counter() - started
+    while tally.steps < len(loader):
+        started = time.perf_counter()
+        for step in finished_steps(training, loader, epoch, pause):
+            tally.add(step)
+            for listener in listeners:
+                listener.step_ended(step)
+        tally.seconds += time.perf_counter() - started
+        if tally.steps < len(loader):
+            stop.check()
+            for listener in listeners:
+                listener.paused(training, stopping=False)
+    first = training.steps - tally.steps
     return {
-        "train_loss": loss / counted if counted else math.nan,
-        "train_accuracy": correct / counted if counted else math.nan,
-        "skipped_steps": skipped,
-        "learning_rate": learning_rate,
-        "images_per_second": images / seconds,
-        "seconds": seconds,
+        "train_loss": tally.loss / tally.counted if tally.counted else math.nan,
+        "train_accuracy": tally.correct / tally.counted if tally.counted else math.nan,
+        "skipped_steps": tally.skipped,
+        "learning_rate": learning_rate(training.config, first, training.total_steps),
+        "images_per_second": tally.images / tally.seconds,
+        "seconds": tally.seconds,
     }
 
 
 def finished_steps(
-    training: Training, loader: Loader | ResidentLoader | ViewLoader, epoch: int
+    training: Training,
+    loader: Loader | ResidentLoader | ViewLoader,
+    epoch: int,
+    pause: Callable[[int], bool] = lambda number: False,
 ) -> Iterator[Step]:
-    """The steps of one epoch as they finish. Raises NonFiniteLoss."""
+    """The steps of one epoch that are left, up to the first whose number, from 1, makes `pause`
+    true, as they finish. Raises NonFiniteLoss."""
     late = LATE if training.device.type == "cuda" else 0
     underway: deque[Underway] = deque()
-    batches = iter(loader.epoch(epoch))
-    for number in range(1, len(loader) + 1):
-        with nvtx.range("step", number):
-            with nvtx.range("data"):
-                batch = next(batches)
-            underway.append(training.train_step(batch, epoch, number))
-        if len(underway) > late:
-            yield training.finish(underway.popleft())
+    start = training.tally_of(epoch).steps
+    with contextlib.closing(loader.epoch(epoch, start)) as batches:
+        for number in range(start + 1, len(loader) + 1):
+            with nvtx.range("step", number):
+                with nvtx.range("data"):
+                    batch = next(batches)
+                underway.append(training.train_step(batch, epoch, number))
+            if pause(number):
+                break
+            if len(underway) > late:
+                yield training.finish(underway.popleft())
     while underway:
         yield training.finish(underway.popleft())
 
@@ -162,11 +193,17 @@ def evaluating(training: Training) -> Iterator[nn.Module]:
 
 @torch.inference_mode()
 def evaluate(
-    training: Training, model: nn.Module, loader: Loader | ResidentLoader
+    training: Training,
+    model: nn.Module,
+    loader: Loader | ResidentLoader,
+    stop: Stop | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 [N, K] and labels int64 [N] of all images of `loader`, on the CPU."""
+    """Logits float32 [N, K] and labels int64 [N] of all images of `loader`, on the CPU. Raises
+    Stopped."""
+    stop = stop or Stop()
     logits, labels = [], []
     for batch in loader.epoch(0):
+        stop.check()
         with training.autocast():
             logits.append(model(batch.images).float())
         labels.append(batch.labels)

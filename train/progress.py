@@ -18,7 +18,7 @@ class Progress(Listener):
         self.done = done
         self.bar: tqdm | None = None
         self.started = time.perf_counter()
-        self.first_epoch = done
+        self.first: float | None = None  # epochs done before the first step seen
 
     def epoch_started(self, epoch: int, steps: int) -> None:
         self.epoch_steps = steps
@@ -37,14 +37,16 @@ class Progress(Listener):
 
     def step_ended(self, step: Step) -> None:
         self.images += step.images
-        self.bar.update()
+        self.bar.update(step.number - self.bar.n)  # more than one where an epoch is taken up again
+        if self.first is None:
+            self.first = self.done + (step.number - 1) / self.epoch_steps
         # not before every drawing of the bar: the text takes longer to make than a short step
         if step.number % max(1, self.epoch_steps // 20) and step.number > 2:
             return
         now = time.perf_counter()
         fraction = step.number / self.epoch_steps
         ahead = self.epochs - self.done - fraction
-        behind = self.done - self.first_epoch + fraction
+        behind = self.done + fraction - self.first
         left = (now - self.started) / behind * ahead
         self.bar.set_postfix_str(
             f"{self.images / (now - self.epoch_began):.1f} images/s, "

@@ -3,23 +3,24 @@
 import datetime
 import json
 import math
-import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from train.errors import CheckpointError, DiskError, UsageError
 from train.files import unwritable, write_atomically
+from train.lock import locked
 
 
 def create_run_folder(out: Path | None, model: str) -> Path:
     """Make the folder of a new run: `out`, or `runs/<date>-<model>-NNN` under the working folder.
 
-    Two runs started at once get two folders. Raises `UsageError` when `out` holds a run already
-    and `DiskError` when the folder cannot be made or written to.
+    Two runs started at once get two folders. Raises `UsageError` when `out` holds a run already,
+    `LockedError` when that is under way, and `DiskError` when the folder cannot be made or written
+    to.
     """
     try:
         if out is None:
@@ -28,6 +29,8 @@ def create_run_folder(out: Path | None, model: str) -> Path:
         if out.exists() and not out.is_dir():
             raise DiskError(f"--out {out} is a file; choose a folder, or remove the file")
         if (out / "config.json").exists():
+            with locked(out):  # by another process, that is another error
+                pass
             raise UsageError(
                 f"--out {out} holds a run already; continue it with"
                 f" --resume {shlex.quote(str(out))} or choose another folder"
@@ -63,35 +66,10 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, (text + "\n").encode("utf-8", "replace"))
 
 
-def append_jsonl(path: Path, value: Mapping[str, object]) -> None:
-    """Append one line to a JSON-lines file, on the disk when this returns.
-
-    A last line torn by a crash is completed or cut off first. Raises `DiskError`.
-    """
-    line = json.dumps(plain(value), ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with open(path, "ab+") as stream:
-            _mend_tail(stream)
-            stream.write(line.encode("utf-8", "replace"))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def _mend_tail(stream) -> None:
-    if stream.seek(0, os.SEEK_END) == 0:
-        return
-    stream.seek(-1, os.SEEK_END)
-    if stream.read(1) == b"\n":
-        return
-    stream.seek(0)
-    content = stream.read()
-    _, _, tail = content.rpartition(b"\n")
-    if _parse(tail) is None:
-        stream.truncate(len(content) - len(tail))
-    else:
-        stream.write(b"\n")
+def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
+    """Write `records` as JSON lines, whole or not at all. Raises `DiskError`."""
+    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    write_atomically(path, "".join(lines).encode("utf-8", "replace"))
 
 
 def read_jsonl(path: Path) -> list[dict]:

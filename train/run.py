@@ -1,6 +1,8 @@
 """The main job: `python -m train.run --model resnet34 --fused` trains on a folder of photos."""
 
+import contextlib
 import dataclasses
+import json
 import shlex
 import sys
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 from models import (
     Backend,
@@ -28,21 +31,31 @@ from models import (
 )
 from models.compiled import tune_allocator
 from train import checkpoint
+from train.command import INTERRUPTED
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
 from train.data.resident import ViewLoader
 from train.data.twins import make_manifest
 from train.doctor.material import material_of
 from train.doctor.watch import Doctor
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
-from train.errors import LapisError, NumericError, OutOfMemoryError, UsageError
-from train.files import write_atomically
+from train.errors import (
+    DiskError,
+    LapisError,
+    NumericError,
+    OutOfMemoryError,
+    Stopped,
+    UsageError,
+)
+from train.files import remove_temporaries, write_atomically
 from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, resident_pixels
+from train.lock import locked
 from train.loop import Listener, fit
 from train.mosaic import draw_batch, first_batch
 from train.progress import Progress
 from train.range_test import announce, find_rate
-from train.record import append_jsonl, create_run_folder, write_json
+from train.record import create_run_folder, write_json, write_jsonl
 from train.run_report import write_report
+from train.stop import Stop
 from train.training import NonFiniteLoss, Training
 
 
@@ -66,9 +79,11 @@ def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> in
             file=sys.stderr,
         )
         return OutOfMemoryError.exit_code
+    except Stopped as stopped:
+        return stopped.exit_code
     except KeyboardInterrupt:
-        print("interrupted; --resume RUN_DIR goes on after the last epoch", file=sys.stderr)
-        return 130
+        print("interrupted before the training: the same command starts again", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -105,12 +120,10 @@ def _resumed(config: Config, argv: list[str]) -> Config:
             f"--resume takes its settings from the run's config.json: leave out {extra[0]}"
         )
     folder = config.run.resume
-    state, path = checkpoint.load_newest(folder / "checkpoints")
-    print(f"resuming {folder} after epoch {len(state['history'])} ({path.name})")
+    state, _ = checkpoint.load_newest(folder / "checkpoints")
     old = from_dict(state["config"])
-    run = replace(
-        old.run, resume=folder, out=folder, threads=config.run.threads, debug=config.run.debug
-    )
+    threads = old.run.threads if config.run.threads is None else config.run.threads
+    run = replace(old.run, resume=folder, out=folder, threads=threads, debug=config.run.debug)
     data = (
         old.data if config.data.workers is None else replace(old.data, workers=config.data.workers)
     )
@@ -120,17 +133,31 @@ def _resumed(config: Config, argv: list[str]) -> Config:
 def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> dict[str, Any]:
     """Run the job of `config`, with more listeners `watching`; returns what summary.json holds.
 
-    Raises LapisError.
+    Raises LapisError, and Stopped when a signal ended the training and its state is saved.
     """
+    with contextlib.ExitStack() as held:
+        return _train(config, command, watching, held)
+
+
+def _train(
+    config: Config, command: str, watching: Sequence[Listener], held: contextlib.ExitStack
+) -> dict[str, Any]:
+    """As `train`, with what must be given back at its end in `held`."""
     started = time.perf_counter()
     device = choose_device(config.run.device)
     amp_dtype = choose_amp(config.run.amp, device)
     prepare(config.run)
-    inputs = load_inputs(config)
-    _announce(inputs, config.data.sampler)
     resumed = None
     if config.run.resume is not None:
-        resumed, _ = checkpoint.load_newest(config.run.resume / "checkpoints")
+        held.enter_context(locked(config.run.resume))
+        resumed, name = _take_up(config.run.resume)
+        if _is_finished(config, resumed):
+            print(f"{config.run.resume} is finished: {config.run.resume / 'report.html'}")
+            return json.loads((config.run.resume / "summary.json").read_text("utf-8"))
+        print(f"resuming {config.run.resume} {_place(resumed)} ({name})")
+    inputs = load_inputs(config)
+    _announce(inputs, config.data.sampler)
+    if resumed is not None:
         check_same_data(resumed, inputs)
         backend = Backend(resumed["backend"], resumed["backend_reason"])
     else:
@@ -176,13 +203,16 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         class_counts=inputs.train_counts(),
         cuda_graph=device.type == "cuda" and backend.name == "triton",
     )
+    stop = held.enter_context(Stop())
     if resumed is not None:
         training.restore(resumed)
         restore_plans(model, resumed["plans"])
         folder = config.run.resume
     else:
         folder = create_run_folder(config.run.out, config.model.model)
-        write_json(folder / "config.json", {"command": command, **to_dict(config)})
+        held.enter_context(locked(folder))
+        for place in (folder, folder / "checkpoints"):  # of one killed before it was a run
+            remove_temporaries(place)
         write_atomically(folder / "split.csv", inputs.split_csv())
         try:
             draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
@@ -201,8 +231,12 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
         "manifest": make_manifest(inputs.images, inputs.photos, inputs.split.train),
         "versions": versions(),
     }
+    recorder = Recorder(folder, fixed)
+    if resumed is None:  # what has a config.json has a checkpoint, and can be resumed
+        recorder.save(training)
+        write_json(folder / "config.json", {"command": command, **to_dict(config)})
     listeners: list[Listener] = [
-        Recorder(folder, fixed),
+        recorder,
         Progress(config.optim.epochs, done=len(training.history)),
         *watching,
     ]
@@ -210,12 +244,20 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
     if config.run.doctor:
         material = partial(material_of, inputs, config, dtype, device)
         doctor = Doctor(folder, training, material)
-        listeners.append(doctor)
+        listeners.insert(0, doctor)  # a checkpoint is last: none is ahead of the signals
     for listener in listeners:
         listener.run_started(folder, training)
     try:
         fed = train_loader if pixels is None else ViewLoader(train_loader)
-        fit(training, fed, val_loader, len(classes), listeners)
+        every = config.run.steps_per_checkpoint
+        fit(training, fed, val_loader, len(classes), listeners, stop, every)
+    except Stopped as stopped:
+        tqdm.write(
+            f"{stopped} {_place(training.state())} and saved; to go on: "
+            f"python -m train.run --resume {shlex.quote(str(folder))}",
+            file=sys.stderr,
+        )
+        raise
     except NonFiniteLoss as error:
         files = [inputs.photos.files[i] for i in error.indices]
         write_json(folder / "bad_batch.json", files)
@@ -258,17 +300,61 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
 
 
 class Recorder(Listener):
-    """Writes a line of metrics.jsonl and a checkpoint after each epoch."""
+    """Writes metrics.jsonl after each epoch and checkpoints then and at each pause.
+
+    A full disk ends the training only where nothing follows; else it goes on with a warning.
+    """
 
     def __init__(self, folder: Path, fixed: dict[str, Any]):
         self.folder = folder
         self.fixed = fixed
+        self.best_due = False  # best.pt is not that of the history yet
+
+    def paused(self, training: Training, stopping: bool) -> None:
+        self._try_to_save(training, last=stopping)
 
     def epoch_ended(self, training: Training, record: dict[str, Any]) -> None:
-        append_jsonl(self.folder / "metrics.jsonl", record)
-        is_best = training.best is not None and training.best["epoch"] == record["epoch"]
+        best = training.best
+        self.best_due |= best is not None and best["epoch"] == record["epoch"]
+        self._try_to_save(training, last=record["epoch"] == training.config.epochs)
+
+    def _try_to_save(self, training: Training, last: bool) -> None:
+        try:
+            self.save(training)
+        except DiskError as error:
+            if last:
+                raise
+            warnings.warn(f"{error}: not saved, the training goes on", stacklevel=1)
+
+    def save(self, training: Training) -> None:
+        """Save what `training` holds. Raises DiskError."""
+        # whole, so that neither a full disk nor a resumed run leaves a gap or a line twice
+        write_jsonl(self.folder / "metrics.jsonl", training.history)
         state = {**self.fixed, "plans": chosen_plans(training.model), **training.state()}
-        checkpoint.save(self.folder / "checkpoints", state, is_best)
+        checkpoint.save(self.folder / "checkpoints", state, self.best_due)
+        self.best_due = False
+
+
+def _take_up(folder: Path) -> tuple[dict[str, Any], str]:
+    """The newest checkpoint of the run in `folder`, which is made ready to go on from it, and its
+    name."""
+    state, path = checkpoint.load_newest(folder / "checkpoints")
+    remove_temporaries(folder)
+    checkpoint.tidy(folder / "checkpoints", path)
+    return state, path.name
+
+
+def _place(state: dict[str, Any]) -> str:
+    """Where in the training a checkpoint stands."""
+    epochs, tally = len(state["history"]), state["tally"]
+    if tally["epoch"] > epochs:
+        return f"after step {tally['steps']} of epoch {tally['epoch']}"
+    return f"after epoch {epochs}" if epochs else "before its first step"
+
+
+def _is_finished(config: Config, state: dict[str, Any]) -> bool:
+    done = len(state["history"]) == config.optim.epochs
+    return done and (config.run.resume / "report.html").exists()
 
 
 def _announce(inputs: Inputs, sampler: str) -> None:

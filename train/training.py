@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,33 @@ class Step:
     loss: float
     correct: float
     skipped: bool
+
+
+@dataclass
+class Tally:
+    """What the finished steps of one epoch add up to: sums over their images, and seconds.
+
+    counted: images of the steps whose loss was finite, over which `loss` and `correct` are summed.
+    """
+
+    epoch: int
+    steps: int = 0
+    images: int = 0
+    counted: int = 0
+    skipped: int = 0
+    loss: float = 0.0
+    correct: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, step: Step) -> None:
+        """Count one more step."""
+        self.steps += 1
+        self.images += step.images
+        self.skipped += step.skipped
+        if math.isfinite(step.loss):
+            self.counted += step.images
+            self.loss += step.loss * step.images
+            self.correct += step.correct
 
 
 class Underway:
@@ -105,6 +132,7 @@ class Training:
         self.average = self.step.average
         self.run_step = CapturedStep(self.step) if cuda_graph else self.step
         self.bad: list[Underway] = []  # the latest steps, while their losses are not finite
+        self.tally = Tally(epoch=0)
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.temperature = 1.0  # of the weights to use, where something validated them
@@ -112,6 +140,12 @@ class Training:
     def autocast(self) -> contextlib.AbstractContextManager:
         """Mixed precision for a forward pass, or nothing when it is off."""
         return autocast(self.device, self.amp_dtype)
+
+    def tally_of(self, epoch: int) -> Tally:
+        """The sums over `epoch` so far: those of a checkpoint within it, else new ones."""
+        if self.tally.epoch != epoch:
+            self.tally = Tally(epoch)
+        return self.tally
 
     def learning_rate(self) -> float:
         """That of the next step."""
@@ -180,6 +214,7 @@ class Training:
             "optimizer": self.step.optimizer.state_dict()["state"],
             "scale": self.step.scale.tensors(),
             "steps": self.steps,
+            "tally": asdict(self.tally),
             "rng": torch.get_rng_state(),
             "cuda_rng": [torch.cuda.get_rng_state(self.device)]
             if self.device.type == "cuda"
@@ -202,6 +237,7 @@ class Training:
             for name, value in self.average.state.items():
                 value.copy_(state["weights"][name])
         self.steps = state["steps"]
+        self.tally = Tally(**state["tally"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state(state["cuda_rng"][0], self.device)

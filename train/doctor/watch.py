@@ -75,6 +75,10 @@ class Doctor(Listener):
             self.timed_steps += 1
         self._safely(self._step_ended, step)
 
+    def paused(self, training: Training, stopping: bool) -> None:
+        # a run that goes on from here keeps the blocks of steps that end here
+        self._safely(self._flush)
+
     def evaluated(self, logits: Tensor, labels: Tensor) -> None:
         self._safely(self._evaluated, logits, labels)
 
@@ -208,7 +212,9 @@ class Doctor(Listener):
         }
 
     def _ended(self, error: NonFiniteLoss | None) -> None:
-        if self._pending is not None:
+        if self.log is None:  # the run was resumed behind its last epoch
+            self.log = SignalLog(self.folder, self._seen)
+        elif self._pending is not None:
             self._finish_probe()
         elif error is None and self.training.steps > self.probe.step + self.interval() // 2:
             self._measure()
