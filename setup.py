@@ -34,6 +34,7 @@ setup(
         "train.doctor",
         "train.doctor.bench",
         "train.doctor.rules",
+        "train.study",
         "profiling",
     ],
     package_data={"kernels": ["selected/*.json"]},  # plans chosen on GPUs the project has measured

@@ -16,11 +16,11 @@ from pathlib import Path
 from kernels.choices import Choice
 from kernels.store import Store, cache_dir, user_store
 from profiling import rows
-from profiling.document import Document
 from profiling.pictures import draw_history
 from profiling.report_networks import add_memory, add_networks, ratio_cell
 from profiling.report_rooms import add_rooms
 from profiling.verdict import VERBS, Job, jobs_of, number, standings, verdict
+from train.document import Document
 from train.errors import DataError, LapisError
 
 RESULTS = rows.ROOT / "profiling" / "results"
@@ -38,7 +38,7 @@ def write(folder: Path) -> None:
             f"`python -m profiling.speed --out {folder}` first"
         )
     devices = list(dict.fromkeys(row["device"] for row in measured))
-    document = Document(folder, "Measured speed", f"{' and '.join(devices)}")
+    document = Document(folder, "Measured speed", f"{' and '.join(devices)}", "summary.md")
     found = standings(measured)
     document.note(*verdict(found))
     jobs = jobs_of(measured)

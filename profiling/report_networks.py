@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from profiling import agree, rows
-from profiling.document import Document
 from profiling.pictures import BASE, FALSE, OURS, RIVAL, Bar, draw_bars
 from profiling.providers import PROVIDERS
 from profiling.verdict import Job, Standing, interval, is_ours, number
+from train.document import Document
 
 ORDER = {provider.__name__: place for place, provider in enumerate(PROVIDERS)}
 

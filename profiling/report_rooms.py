@@ -1,10 +1,10 @@
 """The part of a speed report on single rooms and the library's convolutions, under the roofs."""
 
 from profiling import agree, rows
-from profiling.document import Document
 from profiling.pictures import draw_roofline
 from profiling.roofline import Roofs
 from profiling.verdict import interval, number
+from train.document import Document
 
 TIMED = {"reference": "eager", "compile": "compiled", "fused": "ours"}
 Place = tuple[str, str, str, str]  # room, shape, dtype, pass

@@ -12,6 +12,7 @@ from train.cam import activation_maps, overlay
 from train.evaluation import Evaluation
 from train.page import Page
 from train.plots import plot_calibration, plot_confusion
+from train.predictor import Trained
 from train.run_report import percent
 
 WORST = 12  # mistakes shown
@@ -100,19 +101,23 @@ def _surest_mistakes(found: Evaluation) -> Iterator[int]:
 
 
 def _picture(found: Evaluation, i: int) -> tuple[bytes, str, str]:
-    """The photo, where the network is at hand beside what speaks for the class it named."""
     one, classes = found.predictions[i], found.trained.classes
-    named, picture = int(one.probability.argmax()), one.square
-    if found.trained.model is not None:
-        _, maps = activation_maps(found.trained.model, found.trained.images([one.square]))
-        evidence = maps[0, named].cpu().numpy()
-        picture = np.concatenate([one.square, overlay(one.square, evidence)], axis=1)
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, "JPEG", quality=85)
-    label = classes[found.labels[i]]
+    named, label = int(one.probability.argmax()), classes[found.labels[i]]
     sure = percent(one.probability[named])
     return (
-        data.getvalue(),
+        with_evidence(found.trained, one.square, named),
         f"{one.name}: {label}, taken for {classes[named]} ({sure})",
         f"A photo of {label}.",
     )
+
+
+def with_evidence(trained: Trained, square: np.ndarray, named: int) -> bytes:
+    """A photo uint8 [S, S, 3] as JPEG, where the network is at hand beside what speaks for the
+    class `named`."""
+    picture = square
+    if trained.model is not None:
+        _, maps = activation_maps(trained.model, trained.images([square]))
+        picture = np.concatenate([square, overlay(square, maps[0, named].cpu().numpy())], axis=1)
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "JPEG", quality=85)
+    return data.getvalue()

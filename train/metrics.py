@@ -41,7 +41,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x)
 
 
-def wilson(successes: int, trials: int) -> Interval:
+def wilson(successes: float, trials: float) -> Interval:
     """The 95 % Wilson score interval of a proportion (Wilson 1927), as fractions 0..1."""
     share, spread = successes / trials, Z**2 / trials
     centre = (share + spread / 2) / (1 + spread)

@@ -34,9 +34,10 @@ class Page:
     nowhere else. In `text`, `note` and captions, `` `words` `` in backticks are set as code.
     """
 
-    def __init__(self, title: str, subtitle: str = "") -> None:
+    def __init__(self, title: str, subtitle: str = "", language: str = "en") -> None:
         self.title = title
         self.subtitle = subtitle
+        self.language = language
         self._sections: list[str] = []
         self._body: list[str] = []
 
@@ -122,7 +123,8 @@ class Page:
         """The whole document."""
         subtitle = f"<p>{_prose(self.subtitle)}</p>" if self.subtitle else ""
         return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<!doctype html>\n<html lang="{escape(self.language)}">\n<head>\n'
+            '<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'

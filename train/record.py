@@ -7,6 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +65,14 @@ def write_json(path: Path, value: object) -> None:
     """
     text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, (text + "\n").encode("utf-8", "replace"))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of ours holds. Raises `CheckpointError` when it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: restore or remove it") from error
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
