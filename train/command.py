@@ -7,9 +7,7 @@ from collections.abc import Callable
 import torch
 
 from models import BackendUnavailable
-from train.errors import LapisError, OutOfMemoryError, UsageError
-
-INTERRUPTED = 130
+from train.errors import INTERRUPTED, LapisError, OutOfMemoryError, Stopped, UsageError
 
 
 def run_command(
@@ -19,7 +17,8 @@ def run_command(
     interrupted: str = "interrupted",
     no_memory: str = "use a smaller batch",
 ) -> int:
-    """Run `job` and return its exit code: 0, or that of the error, whose sentence goes to stderr.
+    """Run `job` and return its exit code: 0, that of the error, whose sentence goes to stderr, or
+    that of the signal which stopped a training.
 
     interrupted: what to say of Ctrl-C. no_memory: the cure where the GPU's memory is too small.
     With `debug` an error is raised instead.
@@ -38,6 +37,8 @@ def run_command(
             raise
         print(f"error: the GPU has too little memory for this batch: {no_memory}", file=sys.stderr)
         return OutOfMemoryError.exit_code
+    except Stopped as stopped:
+        return stopped.exit_code
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED

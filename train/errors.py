@@ -3,6 +3,8 @@
 A message is one sentence that names the file, row, flag or tensor, followed by the cure.
 """
 
+INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
+
 
 class LapisError(Exception):
     """Base of every error that ends a command with a sentence instead of a traceback."""
@@ -57,4 +59,4 @@ class Stopped(Exception):
 
     def __init__(self, interrupted: bool):
         super().__init__("interrupted" if interrupted else "stopped")
-        self.exit_code = 130 if interrupted else 75
+        self.exit_code = INTERRUPTED if interrupted else 75

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from models import (
     Backend,
-    BackendUnavailable,
     build_model,
     chosen_plans,
     model_label,
@@ -31,7 +30,7 @@ from models import (
 )
 from models.compiled import tune_allocator
 from train import checkpoint
-from train.command import INTERRUPTED
+from train.command import run_command
 from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
 from train.data.resident import ViewLoader
 from train.data.twins import make_manifest
@@ -40,9 +39,7 @@ from train.doctor.watch import Doctor
 from train.environment import choose_amp, choose_device, device_name, prepare, versions
 from train.errors import (
     DiskError,
-    LapisError,
     NumericError,
-    OutOfMemoryError,
     Stopped,
     UsageError,
 )
@@ -62,29 +59,13 @@ from train.training import NonFiniteLoss, Training
 def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> int:
     """Train as the flags say, with more listeners `watching`; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        train(parse(argv), shlex.join(["python", "-m", "train.run", *argv]), watching)
-    except (LapisError, BackendUnavailable) as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", UsageError.exit_code)
-    except torch.OutOfMemoryError:
-        if debug:
-            raise
-        print(
-            "error: the GPU has too little memory for this batch: halve --batch-size",
-            file=sys.stderr,
-        )
-        return OutOfMemoryError.exit_code
-    except Stopped as stopped:
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("interrupted before the training: the same command starts again", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    command = shlex.join(["python", "-m", "train.run", *argv])
+    return run_command(
+        lambda: train(parse(argv), command, watching),
+        debug="--debug" in argv,
+        interrupted="interrupted before the training: the same command starts again",
+        no_memory="halve --batch-size",
+    )
 
 
 def parse(argv: list[str]) -> Config:

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.command import run_command
 from train.data import open_photos
 from train.data.check_page import LEVELS, write_page
 from train.data.examine import Examined, examine
 from train.data.findings import Finding, counted, findings, unusable
 from train.data.relabel import COLUMNS
-from train.errors import DataError, LapisError
+from train.errors import DataError
 from train.files import unwritable, write_atomically
 
 
@@ -46,19 +46,11 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check as the flags say; returns the exit code: 3 where the photos cannot be trained on."""
     options = tyro.cli(Options, prog="python -m train.data.check", description=__doc__, args=argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not fit the terminal
-    try:
-        check(options.data, options.out, labels=options.labels)
-    except LapisError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        lambda: check(options.data, options.out, labels=options.labels),
+        debug=options.debug,
+        interrupted="interrupted; nothing was written",
+    )
 
 
 def check(data: str, out: Path | None = None, *, labels: bool = False) -> Examined:
