@@ -107,7 +107,7 @@ def _sgd_kernel(
     which, at, inside = _place(lasts, numels, skip_ptr, BLOCK)
     w = tl.load(_pick(weights, which) + at, mask=inside)
     g = tl.load(_pick(gradients, which) + at, mask=inside)
-    if DECAY:
+    if DECAY != 0:
         g += DECAY * w
     if momenta is not None:
         momentum_ptr = _pick(momenta, which) + at

@@ -35,10 +35,13 @@ Counts = dict[str, dict[str, int]]
 def of_kernels(found: list[dict[str, Any]]) -> Counts:
     """The counts of rows as `profiling.aot --json` writes them, the worst of a kernel's programs.
 
-    Registers are rounded up to eights: that is how a multiprocessor hands them out.
+    Registers are rounded up to eights: that is how a multiprocessor hands them out. Raises
+    ValueError for a kernel that did not compile: it would count as one that costs nothing.
     """
     counts: Counts = {}
     for row in found:
+        if not row["registers"]:
+            raise ValueError(f"{row['room']} {row['kernel']} has no counts: {row['fault']}")
         shape = "x".join(map(str, row["shape"]))
         name = f"{row['room']} {row['kernel']} {shape} {row['dtype']}"
         one = counts.setdefault(

@@ -335,8 +335,8 @@ def test_killed_at_every_write_the_next_run_has_the_right_pixels(folder, tmp_pat
     expected, _ = load(folder, tmp_path / "whole")
     fork = multiprocessing.get_context("fork")
     codes = []
-    # 24 squares, fsync, replace, then the memory's fsync and replace
-    for boundary in (1, 2, 23, 24, 25, 26, 27, 28, 29):
+    # 24 squares, fsync, replace, then the memory's fsync, replace and the folder's fsync
+    for boundary in (1, 2, 23, 24, 25, 26, 27, 28, 29, 30):
         process = fork.Process(target=_build_until, args=(folder, tmp_path / "c", boundary))
         process.start()
         process.join(60)
@@ -347,7 +347,7 @@ def test_killed_at_every_write_the_next_run_has_the_right_pixels(folder, tmp_pat
         assert np.array_equal(images, expected)
         assert len(photos) == 24
         shutil.rmtree(tmp_path / "c")
-    assert codes == [9] * 8 + [0]
+    assert codes == [9] * 9 + [0]
 
 
 def test_default_folder(monkeypatch, tmp_path):

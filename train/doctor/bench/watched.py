@@ -33,12 +33,12 @@ class Photos:
     def __len__(self) -> int:
         return -(-len(self.pictures[1]) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         rows = torch.arange(len(self.pictures[1]))
         if self.seed is not None:
             drawn = torch.Generator().manual_seed(1000 * self.seed + epoch)
             rows = torch.randperm(len(rows), generator=drawn)
-        for chunk in rows.split(self.batch_size):
+        for chunk in rows.split(self.batch_size)[start:]:
             yield _batch(self.pictures, chunk)
 
 
