@@ -311,13 +311,18 @@ def test_ctrl_c_waits_for_the_runs_and_gives_their_claims_back(tmp_path, monkeyp
     def run_until_stopped(workers: Workers, *_: object) -> None:
         time.sleep(0.1)  # the main thread waits by now
         os.kill(os.getpid(), signal.SIGINT)
-        workers.stopped.wait(20)
+        assert workers.stopped.wait(20)
         time.sleep(0.3)
 
     monkeypatch.setattr(Workers, "_do", run_until_stopped)
     job = Job("a-seed0", tmp_path / "a", ())
-    with pytest.raises(KeyboardInterrupt):
-        Workers([job], tmp_path, threads=1).work(1, epochs=1)
+    # a shell starts what runs in the background with Ctrl-C ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Workers([job], tmp_path, threads=1).work(1, epochs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "a-seed0.1").read_text())["released"]
 
 
