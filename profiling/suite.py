@@ -5,7 +5,7 @@
 A schedule over the other commands: measured roofs; the numerics of every room; `profiling.speed`
 for training and inference at two batch sizes against the rivals; `profiling.kernel_speed` for every
 room and the library's convolutions; the rivals that take long to compile; `profiling.report`. On a
-CPU it is the roofs, the two speed commands and the report, in under ten minutes on 2 cores. Each
+CPU it is the roofs, the two speed commands and the report, ended after ten minutes. Each
 step is a process of its own with a share of the time, so that one that hangs or crashes costs only
 itself. After every step the results so far lie in DIR (results.csv, steps.json, suite.log).
 Started again on the same DIR it goes on with what is missing.

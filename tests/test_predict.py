@@ -29,26 +29,25 @@ def draw(path: Path, label: str, generator: np.random.Generator) -> None:
     Image.fromarray(np.clip(noise + COLOURS[label], 0, 255).astype(np.uint8)).save(path)
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> Path:
-    """12 photos of each of three colours."""
-    root, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+def draw_each(root: Path, count: int, seed: int) -> Path:
+    """`count` photos of each of three colours, a folder per class."""
+    generator = np.random.default_rng(seed)
     for label in COLOURS:
         (root / label).mkdir()
-        for i in range(12):
+        for i in range(count):
             draw(root / label / f"{i}.png", label, generator)
     return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return draw_each(tmp_path_factory.mktemp("photos"), 12, seed=0)
 
 
 @pytest.fixture(scope="module")
 def fresh_photos(tmp_path_factory) -> Path:
-    """Four more of each, that nobody trains on."""
-    root, generator = tmp_path_factory.mktemp("fresh"), np.random.default_rng(99)
-    for label in COLOURS:
-        (root / label).mkdir()
-        for i in range(4):
-            draw(root / label / f"{i}.png", label, generator)
-    return root
+    """Some that nobody trains on."""
+    return draw_each(tmp_path_factory.mktemp("fresh"), 4, seed=99)
 
 
 @pytest.fixture(scope="module")
