@@ -22,13 +22,15 @@ def add_networks(
     )
     timed = {job: [row for row in found if row["us_per_image"]] for job, found in jobs.items()}
     groups = [(_title(job, jobs), [_time_bar(r) for r in _sorted(f)]) for job, f in timed.items()]
-    document.figure(
-        "networks.png",
-        draw_bars([group for group in groups if group[1]], "us an image"),
-        "Median time an image with quartiles, shorter is better; beside it the ratio to the"
-        " baseline with its 95 % interval. A pale bar computes something else and has no ratio.",
-        "Bars of the time an image of every provider; the tables below hold the numbers.",
-    )
+    if groups := [group for group in groups if group[1]]:  # a job may have run out of time
+        document.figure(
+            "networks.png",
+            draw_bars(groups, "us an image"),
+            "Median time an image with quartiles, shorter is better; beside it the ratio to the"
+            " baseline with its 95 % interval. A pale bar computes something else and has no"
+            " ratio.",
+            "Bars of the time an image of every provider; the tables below hold the numbers.",
+        )
     for job, of_job in jobs.items():
         samples = sorted({row["n"] for row in of_job if row["n"]}, key=int)
         energy = any(row["joules_per_image"] for row in of_job)

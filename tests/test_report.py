@@ -139,6 +139,14 @@ def _until_history(summary):
     return summary.partition("## History")[0]
 
 
+def test_a_job_that_was_never_timed_has_a_row_and_no_bar(tmp_path):
+    late = network(1.0, provider="ours_graph", numerics="unavailable: no time")
+    rows.append(tmp_path / "results.csv", {**late, "us_per_image": "", "low": "", "high": ""})
+    assert report.main([str(tmp_path)]) == 0
+    assert "unavailable: no time" in (tmp_path / "summary.md").read_text()
+    assert not (tmp_path / "networks.png").exists()
+
+
 def test_an_empty_folder_is_an_error_with_a_cure(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 3
     assert "python -m profiling.speed" in capsys.readouterr().err
