@@ -7,8 +7,10 @@ not installed. `constraints.txt` pins the validated set.
 from setuptools import setup
 
 ONNX = ["onnx>=1.18", "onnxruntime>=1.20", "onnxscript>=0.5"]
+TENSORBOARD = ["tensorboard>=2.18"]
 TEST = [
     *ONNX,
+    *TENSORBOARD,
     "hypothesis>=6.100",
     "packaging>=24",
     "pytest>=8",
@@ -55,6 +57,11 @@ setup(
         "tqdm>=4.66",
         "tyro>=0.9",
     ],
-    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff>=0.8"]},
+    extras_require={
+        "onnx": ONNX,
+        "tensorboard": TENSORBOARD,
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.8"],
+    },
     classifiers=["Private :: Do Not Upload", "Programming Language :: Python :: 3"],
 )

@@ -16,6 +16,7 @@ import re
 import secrets
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
@@ -164,16 +165,18 @@ def _read(path: Path) -> dict[Key, Choice]:
     """The choices in a file, oldest first. Raises OSError, or ValueError saying what is wrong."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("it is damaged") from error
+    if isinstance(document, dict) and document.get("crc32", _crc32(document)) != _crc32(document):
+        raise ValueError("its checksum does not fit")
     found = document.get("format") if isinstance(document, dict) else None
     if found != FORMAT:
         raise ValueError(f"its format is {found}, not {FORMAT}")
     try:
         choices = [_choice(entry) for entry in document["choices"]]
+        return {choice.key: choice for choice in choices}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError("an entry is malformed") from error
-    return {choice.key: choice for choice in choices}
 
 
 def _choice(entry: dict) -> Choice:
@@ -186,8 +189,14 @@ def _choice(entry: dict) -> Choice:
     return choice
 
 
+def _crc32(document: dict) -> str:
+    """A checksum of the choices; tables that were shipped without one are taken as they are."""
+    return f"{zlib.crc32(json.dumps(document.get('choices')).encode()):08x}"
+
+
 def _write(path: Path, choices: list[Choice]) -> None:
     document = {"format": FORMAT, "choices": [asdict(choice) for choice in choices]}
+    document["crc32"] = _crc32(document)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with partial.open("x", encoding="utf-8") as file:

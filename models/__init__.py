@@ -8,18 +8,21 @@ from models.layers import chosen_plans, restore_plans
 from models.names import model_label, parse_model
 from models.resnet import (
     INITS,
+    LAST_STAGE,
     MODELS,
     STEMS,
     ResNet,
     build_model,
     check_model,
     parameter_counts,
+    stage_of,
 )
-from models.units import set_backend
+from models.units import set_backend, synchronise
 
 __all__ = [
     "BACKENDS",
     "INITS",
+    "LAST_STAGE",
     "MODELS",
     "STEMS",
     "Backend",
@@ -37,4 +40,6 @@ __all__ = [
     "resolve_backend",
     "restore_plans",
     "set_backend",
+    "stage_of",
+    "synchronise",
 ]

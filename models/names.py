@@ -21,6 +21,8 @@ def parse_model(text: str) -> tuple[str, Options]:
 
     Raises ValueError, in one sentence that names the part and those that are known.
     """
+    if not text.isprintable():
+        raise ValueError(f"{text!r} is no model: choose one of {', '.join(MODELS)}")
     name, *parts = text.split("+")
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r} in {text}: choose one of {', '.join(MODELS)}")

@@ -35,6 +35,8 @@ STEMS = ("imagenet", "small", "deep")
 NORMS = ("batch", "group", "layer")
 SHORTCUTS = ("conv", "avgpool")
 INITS = ("kaiming", "xavier", "zeros", "constant")
+STAGES = {"conv1": 0, "bn1": 0, "layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4}
+LAST_STAGE = 5
 CHOICES = {"act": ACTS[1:], "norm": NORMS, "stem": STEMS, "shortcut": SHORTCUTS, "init": INITS}
 
 
@@ -194,6 +196,12 @@ def check_model(name: str, **options: bool | float | str) -> None:
     for key in ("preact", "zero_init_residual", "drop_path", "shortcut"):
         if options.get(key) not in (None, False, 0, "conv"):
             raise ValueError(f"{flag_of(key)} needs residual blocks, {name} has none: leave it out")
+
+
+def stage_of(name: str) -> int:
+    """Where a parameter of that name stands: 0 is the stem, 1 to 4 the stages, LAST_STAGE the
+    layers behind them."""
+    return STAGES.get(name.split(".")[0], LAST_STAGE)
 
 
 def flag_of(key: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kernels
 from kernels.activation import REFERENCE
 from kernels.bn_stats import track
-from models import compiled, conv_plans, trunk
+from models import compiled, conv_plans, sync_bn, trunk
 from models.mods import GroupNormAct, SqueezeExcitation
 from models.weight_copies import stand_in
 
@@ -40,6 +40,15 @@ def check_plan(plan: str) -> None:
     known = ("known", "measure", *trunk.PLANS)
     if plan not in known:
         raise ValueError(f"unknown plan {plan!r}: choose one of {', '.join(known)}")
+
+
+def synchronise(model: nn.Module, on: bool = True) -> nn.Module:
+    """Let every BatchNorm of `model`, which runs eagerly, train on the statistics of the images of
+    all processes, or no longer; returns the model."""
+    for module in model.modules():
+        if isinstance(module, BatchNormAct):
+            module.synchronised = on
+    return model
 
 
 def hooked(module: nn.Module) -> bool:
@@ -68,6 +77,7 @@ class BatchNormAct(nn.BatchNorm2d):
     """act(batch_norm(x) + residual), with the parameters, buffers and rules of nn.BatchNorm2d."""
 
     folded = False  # whether the convolution before it has taken it in (models/folding.py)
+    synchronised = False  # whether it trains on the statistics of all processes together
 
     def __init__(self, num_features: int, act: str = "relu", **batch_norm_options):
         super().__init__(num_features, **batch_norm_options)
@@ -148,7 +158,11 @@ class BatchNormAct(nn.BatchNorm2d):
     def _eager(
         self, x: Tensor, residual: Tensor | None, residual_norm: "BatchNormAct | None", act: str
     ) -> Tensor:
-        y = x if self.folded else super().forward(x)
+        if self.synchronised and self.training:
+            y, mean, var, count = sync_bn.batch_norm(x, self.weight, self.bias, self.eps)
+            self._track(mean, var, count)
+        else:
+            y = x if self.folded else super().forward(x)
         if residual_norm is not None:
             residual = residual_norm(residual)
         if residual is not None:
@@ -174,7 +188,7 @@ class BatchNormAct(nn.BatchNorm2d):
         return self.training and self.track_running_stats
 
     @torch.no_grad()
-    def _track(self, mean: Tensor | None, var: Tensor | None, count: int) -> None:
+    def _track(self, mean: Tensor | None, var: Tensor | None, count: int | Tensor) -> None:
         """Move the running statistics as nn.BatchNorm2d does; `var` is the biased variance."""
         if not self._tracks:
             return

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +15,27 @@ import numpy as np
 import pytest
 import torch
 
+from tests import kills
+from tests.forks import (
+    FLAGS,
+    PLAIN,
+    RICH,
+    differences,
+    end,
+    errors,
+    final,
+    fresh,
+    go_on,
+    resume,
+    start,
+    wait_for,
+)
 from train import checkpoint, faults, run
-from train.doctor.signals import Signals
 from train.errors import CheckpointError, DiskError
 from train.files import remove_temporaries
 from train.loop import Listener
-from train.record import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("opened", "written", "synced", "moved", "replaced")
 
 
 def state(step: int) -> dict:
@@ -112,7 +123,7 @@ def test_a_pickle_made_to_harm_is_not_run(saved, as_zip):
 
 
 @pytest.mark.parametrize("file", ["best.pt", "last.pt"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", kills.STAGES)
 def test_killed_at_any_write_boundary_there_is_a_whole_checkpoint(saved, file, stage):
     def job():
         faults._wanted = f"{file}:{stage}"
@@ -171,101 +182,6 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-FLAGS = [
-    *("--data", "synthetic", "--limit", "60", "--model", "micro_resnet", "--image-size", "32"),
-    *("--epochs", "3", "--batch-size", "8", "--threads", "1", "--dropout", "0.2"),
-]
-RICH = ["--steps-per-checkpoint", "3", "--mixup", "0.2", "--ema", "0.9", "--workers", "2"]
-PLAIN = ["--steps-per-checkpoint", "2", "--ema", "0", "--workers", "0"]
-
-
-def start(folder: Path, *words: object, fault: str = "") -> int:
-    """Start a run in a fork, where the libraries are loaded; its process id. What it says is in
-    said.txt and errors.txt beside `folder`."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for name, number in (("said", 1), ("errors", 2)):
-            stream = os.open(
-                folder.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644
-            )
-            os.dup2(stream, number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        faults._file, faults._stage, count, faults._action = (fault.split(":") + [""] * 4)[:4]
-        faults._wanted, faults._left = f"{faults._file}:{faults._stage}", int(count or 1)
-        os._exit(run.main([str(word) for word in words]))
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(99)
-
-
-def end(child: int) -> int:
-    """The exit code of a process, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def fresh(folder: Path, *flags: object, fault: str = "") -> int:
-    return start(folder, *FLAGS, "--out", folder, *flags, fault=fault)
-
-
-def resume(folder: Path) -> int:
-    return end(start(folder, "--resume", folder))
-
-
-def errors(folder: Path) -> str:
-    return folder.with_suffix(".errors").read_text()
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.002)
-
-
-TIMES = ("seconds", "images_per_second")
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
-
-
-def differences(one, other, path: str = "") -> list[str]:
-    """Where two states are not the same bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return [] if torch.equal(one, other) else [path]
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        return [d for key in one for d in differences(one[key], other[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        pairs = enumerate(zip(one, other, strict=True))
-        return [d for i, (a, b) in pairs for d in differences(a, b, f"{path}/{i}")]
-    return [] if one == other else [path]
-
-
-def final(folder: Path) -> dict:
-    """Everything a run ends with, but for its times and where it lies."""
-    found = {}
-    for name in ("last", "best"):
-        found[name] = without_times(checkpoint.load(folder / "checkpoints" / f"{name}.pt"))
-        found[name].pop("versions")  # with the commit
-        for place in ("out", "resume"):
-            found[name]["config"]["run"].pop(place)
-    found["metrics"] = without_times(read_jsonl(folder / "metrics.jsonl"))
-    signals = Signals(read_jsonl(folder / "signals.jsonl"))
-    found["signals"] = [signals.per_step(name).tolist() for name in ("loss", "learning_rate")]
-    found["epochs"] = [record["epoch"] for record in signals.epochs]
-    assert not list(folder.rglob(".*.????????"))
-    assert (folder / "report.html").exists()
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Runs nobody disturbed, by their flags."""
@@ -288,10 +204,7 @@ def assert_resumes(folder: Path, expected: dict) -> None:
 
 def assert_goes_on(folder: Path, flags: list[str], expected: dict) -> None:
     """Killed before it was a run, the same command starts it again."""
-    if (folder / "config.json").exists():
-        assert_resumes(folder, expected)
-        return
-    assert end(fresh(folder, *flags)) == 0, errors(folder)
+    assert end(go_on(folder, flags)) == 0, errors(folder)
     assert differences(final(folder), expected) == []
 
 
@@ -436,21 +349,16 @@ def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(tmp_path):
 # ---- by the dozen: python -m pytest -m faults
 
 
-FILES = ("last.pt", "best.pt", "metrics.jsonl", "split.csv", "config.json", "summary.json")
-
-
 @pytest.mark.faults
-@pytest.mark.parametrize("passes", [1, 2, 5])
-@pytest.mark.parametrize("file", [*FILES, "doctor.json", "report.html", "curves.png"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("passes", kills.PASSES)
+@pytest.mark.parametrize("file", kills.FILES)
+@pytest.mark.parametrize("stage", kills.STAGES)
 def test_killed_at_every_write_boundary(tmp_path, whole, stage, file, passes):
     folder = tmp_path / "run"
-    code = end(fresh(folder, *RICH, fault=f"{file}:{stage}:{passes}"))
-    if code == 0:  # that point is passed less often
-        assert differences(final(folder), whole(RICH)) == []
-        return
-    assert code == -signal.SIGKILL, errors(folder)
-    assert_goes_on(folder, RICH, whole(RICH))
+    ends = kills.at_boundary(folder, RICH, f"{file}:{stage}:{passes}")
+    # some points are passed less often, and then nothing is killed
+    assert [one.code for one in ends] in ([0], [-signal.SIGKILL, 0]), errors(folder)
+    assert differences(final(folder), whole(RICH)) == []
 
 
 @pytest.mark.faults
@@ -459,14 +367,8 @@ def test_killed_at_random_moments_again_and_again(tmp_path, whole, number):
     """Until the run is done: bit-equal each time, whatever the moments were."""
     flags, folder = (PLAIN, RICH)[number % 2], tmp_path / "run"
     expected, rng = whole(flags), np.random.default_rng(number)
-    child, code = fresh(folder, *flags), -signal.SIGKILL
-    for _ in range(3):
-        time.sleep(rng.uniform(0.1, 2.5))
-        os.kill(child, signal.SIGKILL if rng.random() < 0.7 else signal.SIGTERM)
-        code = end(child)
-        begun = (folder / "config.json").exists()
-        # before it is a run SIGTERM ends it as it ends any process
-        assert code in (0, -signal.SIGKILL, 75, -signal.SIGTERM), errors(folder)
-        child = start(folder, "--resume", folder) if begun else fresh(folder, *flags)
-    assert end(child) == 0, errors(folder)
+    *codes, last = (one.code for one in kills.at_random(folder, flags, rng))
+    # before it is a run SIGTERM ends it as it ends any process
+    assert set(codes) <= {0, -signal.SIGKILL, 75, -signal.SIGTERM}, errors(folder)
+    assert last == 0, errors(folder)
     assert differences(final(folder), expected) == []

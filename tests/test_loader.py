@@ -193,3 +193,15 @@ def test_batches_arrive_on_the_device(images):
     assert all(t.is_cuda for batch in there for t in batch)
     assert there[0].images.is_contiguous(memory_format=torch.channels_last)
     assert same([type(b)(*(t.cpu() for t in b)) for b in there], here)
+
+
+def test_an_epoch_has_its_own_size(images):
+    growing = loader(images, image_size=(16, 16, 35), augment="strong", shuffle=True)
+    for epoch, size in ((0, 16), (1, 16), (2, 16), (3, 35), (9, 35)):
+        assert growing.size_at(epoch) == size
+        assert all(batch.images.shape[2:] == (size, size) for batch in growing.epoch(epoch))
+    (same, *_), (fixed, *_) = (
+        one.epoch(3)
+        for one in (growing, loader(images, augment="strong", image_size=35, shuffle=True))
+    )
+    assert torch.equal(same.images, fixed.images)

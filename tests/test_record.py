@@ -18,9 +18,11 @@ from sklearn.metrics import precision_score, recall_score
 
 from train import files
 from train.errors import CheckpointError, DiskError, UsageError
+from train.metrics import wilson
 from train.plots import plot_confusion, plot_curves
-from train.record import create_run_folder, read_jsonl, write_json, write_jsonl
-from train.run_report import verdict, wilson, write_report
+from train.record import create_run_folder, read_json, read_jsonl, write_json, write_jsonl
+from train.run_report import write_report
+from train.verdict import verdict
 
 CLASSES = ["bakso", "<img src=x onerror=alert(1)>", "$rendang$"]
 CONFUSION = np.array([[30, 6, 4], [5, 20, 0], [0, 15, 20]])
@@ -149,7 +151,10 @@ def test_json_round_trip_with_what_json_has_no_word_for(tmp_path):
             "nested": {1: None, "flag": np.bool_(True)},
         },
     )
-    assert json.loads(path.read_text(encoding="utf-8")) == {
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{8}", written.pop("crc32"))
+    assert written == read_json(path)
+    assert written == {
         "text": "Größe <&>",
         "path": str(Path("x") / "y"),
         "nan": None,
@@ -169,7 +174,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(DiskError, match=r"cannot write .*a\.json: No space left"):
         write_json(path, {"new": 2})
-    assert json.loads(path.read_text()) == {"old": 1}
+    assert read_json(path) == {"old": 1}
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -140,7 +140,7 @@ def given(images, val=(0, 4, 6, 9)) -> Inputs:
 
 def test_make_loaders_takes_the_pixels_when_it_has_them(images):
     config = DEFAULT.__class__(
-        data=DEFAULT.data.__class__(image_size=21, workers=0),
+        data=DEFAULT.data.__class__(image_size=21, val_scale=1.0, workers=0),
         optim=DEFAULT.optim.__class__(batch_size=3, val_batch_size=2),
     )
     cpu = torch.device("cpu")
@@ -211,3 +211,23 @@ def test_making_batches_never_waits_for_the_gpu(images):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(tensor.is_cuda for batch in batches for tensor in batch)
+
+
+def test_a_step_that_makes_its_batches_is_captured_anew_when_their_size_grows(images):
+    runs = []
+    for graph in (None, Rerun()):
+        _, loader = both(images, image_size=(16, 21), augment="strong", shuffle=True)
+        make = loader.make if graph else None
+        run = training(model=micro_resnet().to(DEVICE), total=4, make_batch=make)
+        if graph:
+            run.run_step = CapturedStep(run.step, graph)
+            loader = ViewLoader(loader)
+        found = []
+        for epoch in (1, 2):
+            run.begin(epoch, loader.size_at(epoch))
+            found += steps(run, loader, epoch)
+        runs.append((found, snapshot(run)))
+    assert runs[0][0] == runs[1][0]
+    assert equal(runs[0][1], runs[1][1])
+    assert run.run_step.graph is not graph
+    assert (run.run_step.replayed, graph.replays) == (2, 1)

@@ -10,19 +10,20 @@ import torch.nn.functional as F
 from torch.optim import lr_scheduler
 
 from models import build_model
-from tests.helpers import DEVICE
+from tests.helpers import DEVICE, SGD
 from train import loop
-from train.config import DEFAULT, OptimConfig
+from train.config import OptimConfig
 from train.data.augment import mixup
 from train.data.loader import Batch
 from train.loop import finished_steps, train_epoch
+from train.optim import set_rate
 from train.step import TrainingStep
 from train.training import NonFiniteLoss, Training
 
 STEPS = 6
 CLASSES = 5
 # a learning rate that AdamW and SGD both take, and batches of two sizes
-OPTIM = replace(DEFAULT.optim, lr=0.01, epochs=1, ema=0.9)
+OPTIM = replace(SGD, lr=0.01, epochs=1, ema=0.9)
 
 
 def micro_resnet() -> torch.nn.Module:
@@ -47,6 +48,9 @@ class Batches:
 
     def __len__(self):
         return len(self.batches)
+
+    def size_at(self, epoch):
+        return 32
 
     def epoch(self, epoch, start=0):
         yield from self.batches[start:]
@@ -166,6 +170,38 @@ def test_clipping_bounds_what_the_optimizer_sees():
     assert length == pytest.approx(config.lr * config.clip_grad, rel=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["ce", "weighted_ce", "focal"])
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_parts_of_a_batch_add_up_to_the_batch(loss, alpha):
+    """No norm over the batch here: nothing else tells the parts from the whole."""
+    ends = []
+    for accumulate in (1, 3):
+        torch.manual_seed(3)
+        model = build_model("micro_resnet", CLASSES, norm="group").double()
+        config = replace(OPTIM, loss=loss, accumulate=accumulate, clip_grad=1.0)
+        options = {"mixup_alpha": alpha, "class_counts": (1, 2, 3, 4, 5)}
+        run = training(config, model=model, **options)
+        batches = Batches((8, 7, 3, 2))  # the last two are too few for three parts
+        batches.batches = [Batch(b.images.double(), *b[1:]) for b in batches.batches]
+        ends.append((steps(run, batches), model.state_dict()))
+    for whole, parts in zip(*(seen for seen, _ in ends), strict=True):
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+        assert parts.correct == pytest.approx(whole.correct)
+    for name, value in ends[0][1].items():  # the loss is computed in float32
+        torch.testing.assert_close(ends[1][1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_batch_norm_sees_one_part_at_a_time():
+    run, sizes = training(replace(OPTIM, accumulate=3)), []
+    run.model.bn1.register_forward_hook(lambda module, inputs, _: sizes.append(len(inputs[0])))
+    steps(run, Batches((8,)))
+    assert sizes == [3, 3, 2]
+    assert run.model.bn1.num_batches_tracked == 3
+    sizes.clear()
+    steps(run, Batches((4, 3)))  # the last of an epoch: no part has a single image
+    assert sizes == [2, 2, 3]
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_bad_loss_changes_nothing_and_names_its_rows(optimizer):
     config = replace(OPTIM, optimizer=optimizer, clip_grad=1.0)
@@ -187,9 +223,9 @@ def test_after_a_bad_step_it_goes_on_as_if_it_had_not_been():
     """The step itself knows no patience: two more steps are those of a run without the bad one."""
     ends = []
     for bad in ((2,), ()):
-        rate = torch.tensor(0.05)
         model = micro_resnet().train()
-        step = TrainingStep(model, OPTIM, None, rate)
+        step = TrainingStep(model, OPTIM, None)
+        set_rate(step.optimizer, 0.05)
         batches = Batches((4, 4, 4, 4), bad=(2,)).batches
         for number, batch in enumerate(batches, start=1):
             step.average.prepare(number)
@@ -208,7 +244,8 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped():
             return super().forward(x.flatten(1)) * 0 + torch.tensor([3e38, -3e38])
 
     model = Apart(3 * 32 * 32, 2)
-    step = TrainingStep(model, replace(OPTIM, label_smoothing=0.0), None, torch.tensor(0.1))
+    step = TrainingStep(model, replace(OPTIM, label_smoothing=0.0), None)
+    set_rate(step.optimizer, 0.1)
     before = [tensor.clone() for tensor in step.tensors()]
     step.average.prepare(1)
     loss, _, skipped = step(Batches().batches[0].images, torch.ones(8, dtype=torch.int64)).tolist()

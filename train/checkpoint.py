@@ -19,7 +19,7 @@ import torch
 from train.errors import CheckpointError, DiskError
 from train.files import remove_temporaries, write_atomically
 
-SCHEMA = 5
+SCHEMA = 7
 MARK = b"\nsha256 "
 SEAL = len(MARK) + 64  # bytes
 RETRY = 1.0  # seconds until a disk that was full is tried again
@@ -87,6 +87,14 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} is not a checkpoint of this version (schema {SCHEMA})")
     return state
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as a checkpoint of ours does, damaged or not. Raises CheckpointError."""
+    try:
+        return path.read_bytes()[-SEAL:].startswith(MARK)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], Path]:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from kernels import why_not_triton
+from train import distributed
 from train.config import RunConfig
 from train.errors import UsageError
 
@@ -58,7 +59,8 @@ def prepare(config: RunConfig) -> None:
 
 def default_workers(device: torch.device) -> int:
     """Threads for the loader: one beside a training on the CPU, more where a GPU waits for data."""
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
+    cores = (os.cpu_count() or 2) // distributed.local_processes()
+    return 1 if device.type == "cpu" else max(1, min(8, cores - 1))
 
 
 def device_name(device: torch.device) -> str:

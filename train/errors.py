@@ -4,6 +4,18 @@ A message is one sentence that names the file, row, flag or tensor, followed by 
 """
 
 INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
+READER_GONE = 141  # and of a program whose output nobody reads any more
+
+# what reading a document raises that is damaged, or holds something else than it should
+FOREIGN = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class LapisError(Exception):

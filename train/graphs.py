@@ -64,6 +64,11 @@ class CapturedStep:
         self._inputs: list[Tensor] | None = None
         self._weights: list[int] = []  # where they lie in the graph
 
+    def forget(self) -> None:
+        """Capture anew at the next batch: the step has other work to do from now on."""
+        if self._inputs is not None:
+            self.graph, self._inputs = type(self.graph)(), None
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """As the step, whose inputs these are; the next call overwrites what it returns."""
         why = self._why_launched(inputs)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.config import MADE_SPLITS, Config, DataConfig
+from train import distributed
+from train.config import MADE_SPLITS, Config, DataConfig, epoch_sizes
 from train.data import Photos, Split, limit_photos, load_images, open_photos, split_photos
+from train.data.augment import augment_batch
 from train.data.cache import default_cache_dir
 from train.data.duplicates import picture_groups, thumbnail
 from train.data.loader import Loader
@@ -23,8 +25,9 @@ from train.data.resident import KERNEL_AUGMENTS, ResidentLoader, upload
 from train.data.split import fold_photos, given_split
 from train.data.split_file import read_split, split_csv
 from train.environment import default_workers
-from train.errors import CheckpointError
+from train.errors import FOREIGN, CheckpointError
 from train.files import write_atomically
+from train.record import opened, sealed
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,7 @@ class Inputs:
 
     def digest(self) -> str:
         """One SHA-256 over names, contents, labels and split: equal data, equal digest."""
-        rows = zip(self.photos.digests, self.split.rows(), strict=True)
-        return hashlib.sha256(repr(list(rows)).encode()).hexdigest()
+        return digest_of(self.photos.digests, self.split.rows())
 
     def train_counts(self) -> list[int]:
         """Training photos of each class."""
@@ -66,6 +68,12 @@ class Inputs:
             "relabelled": self.relabelled.changed if self.relabelled else 0,
             "dropped": self.relabelled.dropped if self.relabelled else 0,
         }
+
+
+def digest_of(digests: Sequence[str], rows: Iterable[tuple[str, str, str]]) -> str:
+    """One SHA-256 over photos: their contents, and their rows in split.csv."""
+    pairs = zip(digests, rows, strict=True)
+    return hashlib.sha256(repr(list(pairs)).encode()).hexdigest()
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -135,8 +143,29 @@ def _judge(split: Split, accepted: bool, cure: str) -> None:
 
 def stored_size(data: DataConfig) -> int:
     """The side in pixels of the stored squares: augmentation crops and turns, and finds some margin
-    around the picture."""
-    return data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
+    around the picture; validation takes their centre."""
+    trained = data.image_size if data.augment == "none" else round(data.image_size * 8 / 7)
+    return max(trained, round(data.evaluated_size / data.val_crop))
+
+
+def centres(squares: np.ndarray | torch.Tensor, data: DataConfig) -> np.ndarray | torch.Tensor:
+    """Of stored squares [..., S, S, 3] what validation and prediction see, as a view; they resize
+    it to `data.evaluated_size`, which is no more."""
+    middle = slice(*centre_of(squares.shape[-2], data))
+    return squares[..., middle, middle, :]
+
+
+def centre_of(side: int, data: DataConfig) -> tuple[int, int]:
+    """First and last pixel, exclusive, of the centre of `--val-crop` on `side` pixels."""
+    size = round(side * data.val_crop)
+    first = (side - size) // 2
+    return first, first + size
+
+
+def evaluated(square: np.ndarray, data: DataConfig) -> np.ndarray:
+    """A stored square, uint8 [S, S, 3], as validation and prediction see it."""
+    views = centres(square[None], data)
+    return augment_batch(views, np.zeros(1, np.int64), 0, 0, "none", data.evaluated_size)[0]
 
 
 def resident_pixels(
@@ -163,18 +192,18 @@ def resident_pixels(
 def pictures_of(images: np.ndarray, photos: Photos) -> np.ndarray:
     """int64 [N], equal for photos that show one picture, found once for a set of photos and
     remembered in the cache folder; images uint8 [N, S, S, 3] are their squares."""
-    kind = f"pictures 1 {images.shape[1]}"  # a change of how they are compared makes a new number
+    kind = f"pictures 2 {images.shape[1]}"  # a change of how they are compared makes a new number
     key = hashlib.sha256("\n".join([kind, *photos.digests]).encode()).hexdigest()
     path = default_cache_dir() / f"{key[:32]}.pictures.json"
     try:
-        found = np.array(json.loads(path.read_bytes()), dtype=np.int64)
-    except (OSError, ValueError):
+        found = np.array(opened(json.loads(path.read_bytes()))["pictures"], dtype=np.int64)
+    except FOREIGN:
         found = None
     if found is None or found.shape != (len(photos),):
         squares = np.stack([thumbnail(Image.fromarray(square)) for square in images])
         contents = np.unique(np.asarray(photos.digests), return_inverse=True)[1]
         found = picture_groups(squares, contents)
-        write_atomically(path, json.dumps(found.tolist()).encode())
+        write_atomically(path, json.dumps(sealed({"pictures": found.tolist()})).encode())
     return found
 
 
@@ -192,28 +221,33 @@ def make_loaders(
     """
     data, split = config.data, inputs.split
     options = {
-        "image_size": data.image_size,
         "seed": config.run.seed,
         "dtype": dtype,
         "channels_last": config.run.channels_last,
+        "part": distributed.rank(),
+        "parts": distributed.size(),
     }
     if pixels is None:
         workers = data.workers if data.workers is not None else default_workers(device)
-        make = partial(Loader, inputs.images, workers=workers, device=device, **options)
+        squares, make = inputs.images, partial(Loader, workers=workers, device=device, **options)
     else:
-        make = partial(ResidentLoader, pixels, **options)
+        squares, make = pixels, partial(ResidentLoader, **options)
     labels, sizes = inputs.photos.labels, config.optim
     train = make(
+        squares,
         labels,
         split.train,
         batch_size=sizes.batch_size,
+        image_size=epoch_sizes(config),
         augment=data.augment,
         shuffle=True,
         balance=labels[split.train] if data.sampler == "balanced" else None,
     )
     if not len(split.val):
         return train, None
-    return train, make(labels, split.val, batch_size=sizes.val_batch_size)
+    size, batch_size = data.evaluated_size, sizes.val_batch_size
+    seen = centres(squares, data)
+    return train, make(seen, labels, split.val, batch_size=batch_size, image_size=size)
 
 
 def check_same_data(state: dict[str, Any], inputs: Inputs) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from profiling import nvtx
+from train import distributed
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, ViewLoader
 from train.errors import Stopped
@@ -54,15 +55,18 @@ def fit(
     listeners: Sequence[Listener],
     stop: Stop | None = None,
     steps_per_pause: int = 0,
+    flips: bool = False,
 ) -> None:
     """Train from where `training` stands to the configured number of epochs, and pause every so
-    many steps of an epoch; 0 is never.
+    many steps of an epoch; 0 is never. flips: how it is validated, see `logits_of`.
 
     Raises NonFiniteLoss, and Stopped, after a last pause, when `stop` asks for it.
     """
     stop = stop or Stop()
     try:
-        _fit(training, train_loader, val_loader, num_classes, listeners, stop, steps_per_pause)
+        _fit(
+            training, train_loader, val_loader, num_classes, listeners, stop, steps_per_pause, flips
+        )
     except Stopped:
         for listener in listeners:
             listener.paused(training, stopping=True)
@@ -83,6 +87,7 @@ def _fit(
     listeners: Sequence[Listener],
     stop: Stop,
     steps_per_pause: int,
+    flips: bool,
 ) -> None:
     for epoch in range(len(training.history) + 1, training.config.epochs + 1):
         for listener in listeners:
@@ -93,7 +98,7 @@ def _fit(
         record |= {"val_loss": None, "val_accuracy": None}
         if val_loader is not None:
             with nvtx.range("validation", epoch), evaluating(training) as model:
-                logits, labels = evaluate(training, model, val_loader, stop)
+                logits, labels = evaluate(training, model, val_loader, stop, flips)
                 for listener in listeners:
                     listener.evaluated(logits, labels)
             confusion = count_confusion(logits, labels, num_classes)
@@ -125,10 +130,9 @@ def train_epoch(
 
     def pause(number: int) -> bool:
         due = steps_per_pause > 0 and number % steps_per_pause == 0
-        return due or stop.asked is not None
+        return stop.agreed() is not None or due
 
-    training.model.train()
-    training.step.refresh(anew=True)  # a listener may have written to weights in uncounted ways
+    training.begin(epoch, loader.size_at(epoch))
     while tally.steps < len(loader):
         started = time.perf_counter()
         for step in finished_steps(training, loader, epoch, pause):
@@ -197,17 +201,37 @@ def evaluate(
     model: nn.Module,
     loader: Loader | ResidentLoader,
     stop: Stop | None = None,
+    flips: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 [N, K] and labels int64 [N] of all images of `loader`, on the CPU. Raises
-    Stopped."""
+    """Logits float32 [N, K] and labels int64 [N] of all images of `loader`, on the CPU; `flips`:
+    see `logits_of`. Each process evaluates its shares, and has all results. Raises Stopped."""
     stop = stop or Stop()
     logits, labels = [], []
     for batch in loader.epoch(0):
         stop.check()
         with training.autocast():
-            logits.append(model(batch.images).float())
+            logits.append(logits_of(model, batch.images, flips).float())
         labels.append(batch.labels)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    found = torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    return found if distributed.size() == 1 else gathered(loader.shares, *found)
+
+
+def gathered(
+    shares: Sequence[tuple[int, int]], logits: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits and labels of all processes, in the order of the photos; `shares` are the first
+    and last places of those of this process, batch by batch."""
+    places = torch.cat([torch.arange(first, last) for first, last in shares])
+    parts = distributed.gathered((places, logits, labels))
+    places, logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    order = places.argsort()
+    return logits[order], labels[order]
+
+
+def logits_of(forward: Callable[[Tensor], Tensor], images: Tensor, flips: bool) -> Tensor:
+    """The logits [N, K] of images [N, 3, H, W]; with `flips` the mean of those and of their mirror
+    images'."""
+    return (forward(images) + forward(images.flip(3))) / 2 if flips else forward(images)
 
 
 def count_confusion(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:

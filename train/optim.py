@@ -12,27 +12,37 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from models import LAST_STAGE, stage_of
 from models.weight_copies import WeightCopies
 from train.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, rate: Tensor) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """SGD or AdamW; weight decay reaches matrices and filters, not biases and normalisation.
 
-    rate: float32 [], where the parameters are; every step reads its learning rate there.
+    Every step reads its learning rate in tensors, which `set_rate` fills: those of `layer_decay`
+    differ from stage to stage (Howard and Ruder 2018).
     """
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    device = next(model.parameters()).device
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        share = config.layer_decay ** (LAST_STAGE - stage_of(name))
+        members.setdefault((share, p.ndim > 1), []).append(p)
     groups = [
-        {"params": weights, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": torch.zeros((), device=device),
+            "share": share,
+        }
+        for (share, decays), parameters in members.items()
     ]
     if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=rate, fused=True, capturable=True)
+        optimizer = torch.optim.AdamW(groups, fused=True, capturable=True)
         slots = ("exp_avg", "exp_avg_sq")
     else:
         optimizer = torch.optim.SGD(
-            groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=True
+            groups, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
         slots = ("momentum_buffer",) if config.momentum else ()
     # made here, not by the first step: if that is skipped, SGD leaves its momentum uninitialised
@@ -41,6 +51,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, rate: Tensor) -> torc
         if config.optimizer == "adamw":
             optimizer.state[p]["step"] = torch.zeros((), device=p.device)
     return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The learning rate of the last layer for the next step; each group has its share of it."""
+    for group in optimizer.param_groups:
+        group["lr"].fill_(rate * group["share"])
 
 
 def update(optimizer: torch.optim.Optimizer, skip: Tensor, copies: WeightCopies | None) -> None:

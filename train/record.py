@@ -1,10 +1,16 @@
-"""What a run writes while it runs: its folder and its JSON files (accuracies are 0..1)."""
+"""What a run writes while it runs: its folder and its JSON files (accuracies are 0..1).
+
+A JSON object ends with `crc32`, a checksum of its other members, and so does each of a file of JSON
+lines: a digit that a disk turned into another would be read without a word. Reading takes it off
+again; objects without one, of other programs, are taken as they are.
+"""
 
 import datetime
 import json
 import math
 import shlex
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,22 +69,27 @@ def write_json(path: Path, value: object) -> None:
     Paths become strings, numpy scalars numbers, and numbers JSON has no word for (NaN, infinity)
     null. Raises `DiskError`.
     """
-    text = json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, (text + "\n").encode("utf-8", "replace"))
+    text = json.dumps(sealed(plain(value)), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
     """What a JSON file of ours holds. Raises `CheckpointError` when it is missing or damaged."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+        return opened(json.loads(Path(path).read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is missing or damaged: restore or remove it") from error
 
 
 def write_jsonl(path: Path, records: Iterable[Mapping[str, object]]) -> None:
     """Write `records` as JSON lines, whole or not at all. Raises `DiskError`."""
-    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-    write_atomically(path, "".join(lines).encode("utf-8", "replace"))
+    write_atomically(path, b"".join(map(json_line, records)))
+
+
+def json_line(record: Mapping[str, object]) -> bytes:
+    """A line of the files that `read_jsonl` reads."""
+    text = json.dumps(sealed(plain(record)), ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -101,10 +112,29 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def _parse(line: bytes) -> dict | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = opened(json.loads(line))
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def sealed(value: Any) -> Any:
+    """A JSON value that can be written; an object with its checksum."""
+    value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value | {"crc32": _crc32(value)} if isinstance(value, dict) else value
+
+
+def opened(value: Any) -> Any:
+    """The value `sealed` was given. Raises ValueError when it is another."""
+    if isinstance(value, dict) and "crc32" in value:
+        crc32 = value.pop("crc32")
+        if crc32 != _crc32(value):
+            raise ValueError("its checksum does not fit")
+    return value
+
+
+def _crc32(members: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(members).encode()):08x}"
 
 
 def plain(value: object) -> object:

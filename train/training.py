@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train import distributed
 from train.config import OptimConfig
 from train.data.augment import cutmix, mixup
 from train.data.loader import Batch
 from train.data.resident import Views
 from train.errors import LapisError
 from train.graphs import CapturedStep
-from train.optim import learning_rate
+from train.optim import learning_rate, set_rate
 from train.step import TrainingStep, autocast, class_weights
 
 PATIENCE = 3  # losses in a row that may be infinite under float16, whose range a forward can leave
@@ -72,7 +73,8 @@ class Tally:
 
 
 class Underway:
-    """A step that the device may not have finished; its outcome comes to the host by itself."""
+    """A step that the device may not have finished; its outcome comes to the host by itself.
+    indices: the rows of its images, on all processes together."""
 
     def __init__(self, epoch: int, number: int, indices: Tensor, outcome: Tensor):
         self.epoch = epoch
@@ -126,11 +128,11 @@ class Training:
         self.seed = seed
         self.total_steps = total_steps
         self.steps = 0
-        self.rate = torch.zeros((), device=self.device)
         weights = None if class_counts is None else class_weights(class_counts).to(self.device)
-        self.step = TrainingStep(model, config, amp_dtype, self.rate, fused, make_batch, weights)
+        self.step = TrainingStep(model, config, amp_dtype, fused, make_batch, weights)
         self.average = self.step.average
         self.run_step = CapturedStep(self.step) if cuda_graph else self.step
+        self.work: tuple[bool, int] | None = None  # of a step: layers frozen, image size
         self.bad: list[Underway] = []  # the latest steps, while their losses are not finite
         self.tally = Tally(epoch=0)
         self.history: list[dict[str, Any]] = []
@@ -147,23 +149,40 @@ class Training:
             self.tally = Tally(epoch)
         return self.tally
 
+    def begin(self, epoch: int, image_size: int) -> None:
+        """Put the model in training mode, in the first `freeze_epochs` its last layer alone: the
+        others then keep their running statistics too."""
+        self.model.train()
+        frozen = epoch <= self.config.freeze_epochs
+        if self.config.freeze_epochs:
+            for module in self.model.children():
+                if module is not self.model.fc and any(True for _ in module.parameters()):
+                    module.requires_grad_(not frozen).train(not frozen)
+        work = frozen, image_size
+        if self.work not in (None, work) and isinstance(self.run_step, CapturedStep):
+            self.run_step.forget()
+        self.work = work
+        self.step.refresh(anew=True)  # somebody may have written to weights in uncounted ways
+
     def learning_rate(self) -> float:
         """That of the next step."""
         return learning_rate(self.config, self.steps, self.total_steps)
 
     def train_step(self, batch: Batch | Views, epoch: int, number: int) -> Underway:
         """One update of the weights from one batch; `model` must be in training mode."""
-        self.rate.fill_(self.learning_rate())
+        set_rate(self.step.optimizer, self.learning_rate())
         self.steps += 1
         if self.average is not None:
             self.average.prepare(self.steps)
-        mixing = self.mixing(len(batch.indices), epoch, number)
+        self.step.whole = len(batch.indices)
+        mixing = self.mixing(batch.share, epoch, number)
         outcome = self.run_step(*batch.inputs, *mixing)
         return Underway(epoch, number, batch.indices, outcome)
 
     def mixing(self, size: int, epoch: int, number: int) -> tuple[Tensor, ...]:
         """What the step takes besides a batch of `size` images: the partner of each, the share it
-        keeps and with cutmix the box; nothing where neither mixup nor cutmix is on."""
+        keeps and with cutmix the box; nothing where neither mixup nor cutmix is on. A process mixes
+        the images of its share among themselves; share and box are the same on all."""
         if not self.mixup_alpha and not self.cutmix_alpha:
             return ()
         key = {"seed": self.seed, "epoch": epoch, "batch": number}
@@ -207,7 +226,10 @@ class Training:
         return self.model.state_dict() if self.average is None else self.average.state
 
     def state(self) -> dict[str, Any]:
-        """Tensors and primitives from which `restore` continues exactly."""
+        """Tensors and primitives from which `restore` continues exactly, on as many processes; all
+        of them must call it, since each has random states of its own."""
+        on_gpu = [torch.cuda.get_rng_state(self.device)] if self.on_cuda else []
+        states = distributed.gathered((torch.get_rng_state(), on_gpu))
         return {
             "weights": self.weights(),
             "model": self.model.state_dict(),
@@ -215,10 +237,8 @@ class Training:
             "scale": self.step.scale.tensors(),
             "steps": self.steps,
             "tally": asdict(self.tally),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": [torch.cuda.get_rng_state(self.device)]
-            if self.device.type == "cuda"
-            else [],
+            "rng": torch.stack([cpu for cpu, _ in states]),
+            "cuda_rng": [state for _, gpu in states for state in gpu],
             "history": self.history,
             "best": self.best,
             "temperature": self.temperature,
@@ -238,9 +258,10 @@ class Training:
                 value.copy_(state["weights"][name])
         self.steps = state["steps"]
         self.tally = Tally(**state["tally"])
-        torch.set_rng_state(state["rng"])
+        here = distributed.rank()
+        torch.set_rng_state(state["rng"][here].clone())  # it crashes on a view into more memory
         if state["cuda_rng"]:
-            torch.cuda.set_rng_state(state["cuda_rng"][0], self.device)
+            torch.cuda.set_rng_state(state["cuda_rng"][here], self.device)
         self.history = state["history"]
         self.best = state["best"]
         self.temperature = state["temperature"]

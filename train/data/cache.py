@@ -33,7 +33,7 @@ from kernels.store import cache_dir as default_cache_dir
 from train.config import DataConfig
 from train.data.known import Known
 from train.data.photos import Excluded, Photos, UnreadablePhoto
-from train.errors import DataError, DiskError
+from train.errors import FOREIGN, DataError, DiskError
 
 TRANSFORM = "centre square, bicubic antialiased, 3"  # raise the number when a change alters pixels
 MAX_BAD = DataConfig.max_bad
@@ -95,7 +95,7 @@ def _footer(path: Path, size: int, known: Known, progress: bool) -> dict[str, st
                 return None
             file.seek(pixels)
             return json.loads(file.read(footer_bytes))
-    except (OSError, ValueError):
+    except FOREIGN:
         return None
 
 
@@ -122,35 +122,44 @@ def _build(path: Path, photos: Photos, size: int, progress: bool) -> dict[str, s
     """Write the cache; returns the unreadable contents. Raises DiskError."""
     needed = len(photos) * size * size * 3
     temporary = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
-    try:
+    with _writing(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent)
         free = shutil.disk_usage(path.parent).free
-        if progress:
-            print(
-                f"cache: {len(photos):,} photos at {size} px, {needed / 1e6:,.1f} MB of "
-                f"{free / 1e6:,.0f} MB free in {path.parent}"
-            )
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free")
-        with temporary.open("w+b") as file:
-            checksum = hashlib.sha256()
-            failed = _write_squares(file, checksum, photos, size, progress)
-            footer = json.dumps(failed).encode()
-            checksum.update(footer := footer + len(footer).to_bytes(8, "little"))
-            file.write(footer + checksum.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    if progress:
+        print(
+            f"cache: {len(photos):,} photos at {size} px, {needed / 1e6:,.1f} MB of "
+            f"{free / 1e6:,.0f} MB free in {path.parent}"
+        )
+    try:
+        with _writing(path, needed):
+            if needed > free:
+                raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB are free")
+            with temporary.open("w+b") as file:
+                checksum = hashlib.sha256()
+                failed = _write_squares(file, checksum, photos, size, progress)
+                footer = json.dumps(failed).encode()
+                checksum.update(footer := footer + len(footer).to_bytes(8, "little"))
+                file.write(footer + checksum.digest())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return failed
+
+
+@contextlib.contextmanager
+def _writing(path: Path, needed: int) -> Iterator[None]:
+    """Make a DiskError of what the system says against `needed` bytes at `path`."""
+    try:
+        yield
     except OSError as error:
         raise DiskError(
             f"the image cache {path} cannot be written ({error.strerror or error}): it needs "
             f"{needed / 1e6:,.1f} MB; free some or set LAPIS_CACHE to another folder."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return failed
 
 
 def _remove_stale(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from train.arguments import flowing
 from train.command import run_command
 from train.data import open_photos
 from train.data.check_page import LEVELS, write_page
@@ -25,6 +26,7 @@ from train.errors import DataError
 from train.files import unwritable, write_atomically
 
 
+@flowing
 @dataclass(frozen=True)
 class Options:
     """What to check, and where the report goes."""

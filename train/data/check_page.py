@@ -11,8 +11,7 @@ from train.data.examine import Examined
 from train.data.findings import Finding, counted
 from train.data.photos import UnreadablePhoto
 from train.data.suspects import Suspect
-from train.page import Page
-from train.run_report import percent
+from train.page import Page, percent
 
 MOST_GROUPS = 300  # of a kind on the page; check.json names them all
 MOST_PHOTOS = 12  # of a group

@@ -10,8 +10,7 @@ from PIL import Image
 from train.data.cache import MAX_BAD
 from train.data.examine import Examined, Look
 from train.data.photos import EXTENSIONS, Excluded
-from train.page import NoteKind
-from train.run_report import percent
+from train.page import NoteKind, percent
 
 TINY = 64  # pixels of the shorter side
 HUGE = 20e6  # pixels

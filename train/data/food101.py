@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from train.data.photos import Photos, choose_classes, list_photos
-from train.errors import DataError
+from train.errors import FOREIGN, DataError
 
 PREFIX = "food101:"
 
@@ -33,7 +33,7 @@ def open_source(data: str, *, classes: tuple[str, ...] = (), seed: int = 0) -> P
                 f"{given} does not hold Food-101 ({table} cannot be read): unpack food-101.tar.gz "
                 "and give the folder that contains food-101/."
             ) from None
-        except (ValueError, AttributeError, TypeError):
+        except FOREIGN:
             raise DataError(f"{table} is damaged: unpack food-101.tar.gz again.") from None
     chosen = choose_classes(listed, classes, data)
     entries = [

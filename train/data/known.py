@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kernels.store import cache_dir
-from train.errors import DiskError
+from train.errors import FOREIGN, DiskError
 from train.files import write_atomically
+from train.record import opened, sealed
 
 # A file changed this short a time ago may change again without its time stamps showing it.
 SETTLED_NS = 2 * 10**9
@@ -29,10 +30,9 @@ class Known:
         self._path = (folder or cache_dir()) / f"{key[:32]}.known.json"
         self._changed = False
         try:
-            entries = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            entries = {}
-        self._entries = entries if isinstance(entries, dict) else {}
+            self._entries = dict(opened(json.loads(self._path.read_bytes()))["files"])
+        except FOREIGN:
+            self._entries = {}
 
     def get(self, file: str, status: os.stat_result) -> Any:
         """What is known about `file`, whose status is now `status`; None if nothing is."""
@@ -57,7 +57,7 @@ class Known:
             return
         with contextlib.suppress(DiskError, OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(self._entries).encode())
+            write_atomically(self._path, json.dumps(sealed({"files": self._entries})).encode())
 
 
 def _identity(status: os.stat_result) -> list[int]:

@@ -5,7 +5,7 @@ epoch was taken up again change nothing.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ import cv2
 import numpy as np
 import torch
 
+from train import distributed
 from train.data.augment import AUGMENTS, MEAN, STD, augment_batch, balanced_order, order
 from train.errors import UsageError
 
 
 class Batch(NamedTuple):
-    """images: [B, 3, S, S], normalised; labels: int64 [B]; indices: int64 [B], their rows."""
+    """images: [B, 3, S, S], normalised; labels: int64 [B]; indices: int64, the rows of the whole
+    batch, of which these are the images, or this process's share of them."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -29,14 +31,21 @@ class Batch(NamedTuple):
         """What the training step takes."""
         return self.images, self.labels
 
+    @property
+    def share(self) -> int:
+        """How many of the images are this process's."""
+        return len(self.labels)
+
 
 class BatchOrder:
     """Which of the rows `indices` each batch of an epoch holds.
 
+    image_size: of the batches in pixels, or that of each epoch from 1 on.
     shuffle: a new order each epoch; a last batch of a single image then joins the one before it,
     because batch normalisation cannot train on one. drop_last: leave out a last partial batch.
     balance: int [len(indices)], their classes, to show each equally often; None shows every row
     once.
+    part, parts: the process, and how many there are: each takes its share of every batch.
     """
 
     def __init__(
@@ -44,23 +53,41 @@ class BatchOrder:
         indices: np.ndarray,
         *,
         batch_size: int,
+        image_size: int | Sequence[int],
         shuffle: bool,
         drop_last: bool = False,
         seed: int = 0,
         balance: np.ndarray | None = None,
+        part: int = 0,
+        parts: int = 1,
     ):
         self.indices = np.asarray(indices, dtype=np.int64)
         self.balance = balance
+        self.sizes = (image_size,) if isinstance(image_size, int) else tuple(image_size)
         self.shuffle = shuffle
         self.seed = seed
         self.bounds = _batch_bounds(len(self.indices), batch_size, drop_last, shuffle)
+        self.shares = [
+            tuple(first + place for place in distributed.share(last - first, part, parts))
+            for first, last in self.bounds
+        ]
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         return len(self.bounds)
 
+    def size_at(self, epoch: int) -> int:
+        """Height and width of the images of an epoch, in pixels."""
+        return self.sizes[min(max(epoch, 1), len(self.sizes)) - 1]
+
+    def shapes(self) -> set[tuple[int, int, int, int]]:
+        """[N, 3, S, S] of the largest share of each size."""
+        most = max(last - first for first, last in self.shares)
+        return {(most, 3, size, size) for size in self.sizes}
+
     def rows(self, epoch: int) -> np.ndarray:
-        """The rows of one epoch in order; batch i holds those from bounds[i][0] to bounds[i][1]."""
+        """The rows of one epoch in order; batch i holds those from bounds[i][0] to bounds[i][1], of
+        which those from shares[i][0] to shares[i][1] are this process's."""
         if not self.shuffle:
             return self.indices
         if self.balance is not None:
@@ -94,12 +121,14 @@ class Loader(BatchOrder):
         indices: np.ndarray,
         *,
         batch_size: int,
-        image_size: int,
+        image_size: int | Sequence[int],
         augment: str = "none",
         seed: int = 0,
         shuffle: bool = False,
         drop_last: bool = False,
         balance: np.ndarray | None = None,
+        part: int = 0,
+        parts: int = 1,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
         workers: int = 2,
@@ -107,19 +136,21 @@ class Loader(BatchOrder):
     ):
         if augment not in AUGMENTS:
             raise UsageError(f"--augment {augment} is unknown: choose {', '.join(AUGMENTS)}.")
-        if images.shape[1] < image_size:
-            raise ValueError(f"images of {images.shape[1]} px are smaller than {image_size} px")
         super().__init__(
             indices,
             batch_size=batch_size,
+            image_size=image_size,
             shuffle=shuffle,
             drop_last=drop_last,
             seed=seed,
             balance=balance,
+            part=part,
+            parts=parts,
         )
+        if images.shape[1] < max(self.sizes):
+            raise ValueError(f"images of {images.shape[1]} px are smaller than {max(self.sizes)}")
         self.images = images
         self.labels = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-        self.image_size = image_size
         self.augment = augment
         self.channels_last = channels_last
         self.workers = workers
@@ -134,9 +165,10 @@ class Loader(BatchOrder):
         """
         rows = self.rows(epoch)
         numbers = self.view_numbers(rows)
-        chunks = [(rows[a:b], numbers[a:b]) for a, b in self.bounds[start:]]
+        places = zip(self.bounds[start:], self.shares[start:], strict=True)
+        chunks = [(rows[a:b], numbers[a:b], rows[first:last]) for (first, last), (a, b) in places]
         if not self.workers:
-            yield from (self.batch(*chunk, epoch) for chunk in chunks)
+            yield from (self._to_device(self._prepare(*chunk, epoch)) for chunk in chunks)
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lapis-loader")
         try:
@@ -152,23 +184,23 @@ class Loader(BatchOrder):
 
     def batch(self, rows: np.ndarray, numbers: np.ndarray, epoch: int) -> Batch:
         """The batch of these rows, whose `numbers` decide their views."""
-        return self._to_device(self._prepare(rows, numbers, epoch))
+        return self._to_device(self._prepare(rows, numbers, rows, epoch))
 
-    def _prepare(self, rows: np.ndarray, numbers: np.ndarray, epoch: int) -> Batch:
-        # the photo's own number, not its place in the batch, decides its random numbers
-        pixels = augment_batch(
-            [self.images[row] for row in rows],
-            numbers,
-            epoch,
-            self.seed,
-            self.augment,
-            self.image_size,
-        )
-        images = normalise(pixels, self._table, self._dtype).permute(0, 3, 1, 2)
+    def _prepare(
+        self, rows: np.ndarray, numbers: np.ndarray, whole: np.ndarray, epoch: int
+    ) -> Batch:
+        size = self.size_at(epoch)
+        if len(rows):
+            # the photo's own number, not its place in the batch, decides its random numbers
+            pixels = augment_batch(
+                [self.images[row] for row in rows], numbers, epoch, self.seed, self.augment, size
+            )
+            images = normalise(pixels, self._table, self._dtype).permute(0, 3, 1, 2)
+        else:  # the last batch has too few images for all processes
+            images = torch.empty(0, 3, size, size, dtype=self._dtype)
         if not self.channels_last:
             images = images.contiguous()
-        indices = torch.from_numpy(rows)
-        batch = Batch(images, self.labels[indices], indices)
+        batch = Batch(images, self.labels[torch.from_numpy(rows)], torch.from_numpy(whole))
         if self.device.type == "cuda":
             batch = Batch(*(tensor.pin_memory() for tensor in batch))
         return batch

@@ -17,12 +17,14 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from train.arguments import flowing
 from train.data import Photos, open_photos
 from train.data.shards import CLASSES
 from train.errors import LapisError, UsageError
 from train.files import unwritable, write_atomically
 
 
+@flowing
 @dataclass(frozen=True)
 class Options:
     """What to pack, and where to."""
