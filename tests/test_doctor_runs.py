@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models import build_model
+from tests.helpers import SGD
 from train import checkpoint, run
 from train.config import DEFAULT, REPORT, Config, OptimConfig, to_dict
 from train.data.loader import Batch
@@ -22,9 +23,7 @@ from train.loop import Listener, fit
 from train.training import NonFiniteLoss, Training
 
 SIZE, CLASSES = 16, 4
-STEADY = replace(
-    DEFAULT.optim, schedule="constant", lr=0.05, ema=0.0, label_smoothing=0.0, batch_size=16
-)
+STEADY = replace(SGD, schedule="constant", lr=0.05, ema=0.0, label_smoothing=0.0, batch_size=16)
 
 
 def pictures(count: int, seed: int, noise: float = 1.0, seen: int = CLASSES):
@@ -46,6 +45,9 @@ class Photos:
 
     def __len__(self):
         return -(-len(self.labels) // self.size)
+
+    def size_at(self, epoch):
+        return 32
 
     def epoch(self, epoch, start=0):
         rows = torch.arange(len(self.labels))
@@ -228,7 +230,7 @@ def test_a_runaway_loss_ends_as_non_finite(tmp_path):
     ("make", "optim", "options"),
     [
         (micro, replace(DEFAULT.optim, batch_size=16), {}),
-        (micro, replace(DEFAULT.optim, batch_size=16), {"mixup": 0.4}),
+        (micro, replace(SGD, batch_size=16), {"mixup": 0.4}),
         (lambda: micro("micro_plain"), REPORT.optim, {}),
         (micro, replace(STEADY, batch_size=4, lr=0.01), {"epochs": 4}),
         (micro, replace(STEADY, optimizer="adamw", lr=1e-3, schedule="cosine"), {"epochs": 20}),
@@ -310,6 +312,7 @@ def test_the_file_gives_back_what_the_rules_saw(tmp_path):
     assert signals.probes[0]["images"] == 64
     assert len(signals.start["layers"]) == len(signals.probes[0]["layers"]["update"])
     assert signals.start["layers"][0]["name"] == "conv1"
+    assert signals.start["norm_values"] == 16 * 2 * 2  # images and the smallest map
     assert signals.epochs[-1]["confusion"] is not None
 
 

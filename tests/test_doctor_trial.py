@@ -11,8 +11,9 @@ from scipy.stats import ttest_rel
 from train import run
 from train.doctor import __main__ as command_line
 from train.doctor import trial, watch
+from train.doctor.effect import LOSS, compare
 from train.doctor.signals import FILE, load
-from train.doctor.trial import LOSS, compare
+from train.record import read_jsonl, write_jsonl
 
 FLAGS = (
     "--model micro_resnet --stem small --image-size 32 --limit 60 --augment none --epochs 12 "
@@ -39,14 +40,13 @@ def altered(folder, tmp_path, change, **config):
     """A copy of a run's record with other settings, or without those of `change`."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    lines = (folder / FILE).read_text().splitlines()
-    start = json.loads(lines[0])
-    records = [start, *map(json.loads, lines[1:])]
-    assert records[0]["kind"] == "start"
+    records = read_jsonl(folder / FILE)
+    start = records[0]
+    assert start["kind"] == "start"
     for group, values in config.items():
         start["config"][group].update(values)
     kept = [change(record) for record in records]
-    (copy / FILE).write_text("".join(json.dumps(r) + "\n" for r in kept if r))
+    write_jsonl(copy / FILE, filter(None, kept))
     (copy / "split.csv").write_bytes((folder / "split.csv").read_bytes())
     return copy
 
@@ -159,3 +159,23 @@ def test_a_remedy_that_changes_what_is_measured_is_not_compared(diverging):
 def test_several_runs_are_not_treated_at_once(diverging, capsys):
     assert command_line.main([str(diverging), str(diverging), "--fix"]) == 2
     assert "name one folder" in capsys.readouterr().err
+
+
+def test_a_rate_that_the_range_test_convicts(tmp_path, monkeypatch):
+    """Slow, but not so slow that the size of the steps alone tells."""
+    monkeypatch.setattr(watch, "ALLOWANCE", 600.0)
+    flags = (
+        "--model micro_resnet --stem small --image-size 32 --augment none --threads 1 --amp off "
+        "--ema 0 --no-flips --val-scale 1 --val-crop 1 --label-smoothing 0 --schedule constant "
+        "--optimizer sgd --weight-decay 0 --limit 60 --batch-size 8 --lr 1e-4 --epochs 12"
+    )
+    assert run.main([*flags.split(), "--out", str(tmp_path)]) == 0
+
+    def found() -> dict:
+        kept = json.loads((tmp_path / "doctor.json").read_text())
+        return next(d for d in kept if d["rule"] == "lr_too_low")
+
+    assert found()["severity"] == "note"
+    assert command_line.main([str(tmp_path), "--range-test"]) == 0
+    assert found()["severity"] == "problem"
+    assert "range test" in found()["evidence"]

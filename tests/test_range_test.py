@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from models import build_model
+from tests.helpers import SGD
 from train import lr_find, run
-from train.config import DEFAULT
 from train.data.loader import Batch
 from train.errors import UsageError
 from train.range_test import HIGHEST, LOWEST, STEPS, find_rate, read
@@ -18,15 +18,15 @@ FLAGS = ["--model", "micro_resnet", "--image-size", "32", "--limit", "60", "--th
 
 
 class Photos:
-    """Batches whose label is written in the picture's brightness."""
+    """Batches of `size` whose label is written in the picture's brightness."""
 
-    def __init__(self):
+    def __init__(self, size=16):
         generator = torch.Generator().manual_seed(0)
         labels = torch.arange(64) % 4
         images = torch.randn(64, 3, 16, 16, generator=generator) + labels[:, None, None, None]
         self.batches = [
-            Batch(i, y, torch.arange(16))
-            for i, y in zip(images.split(16), labels.split(16), strict=True)
+            Batch(i, y, torch.arange(size))
+            for i, y in zip(images.split(size), labels.split(size), strict=True)
         ]
 
     def epoch(self, epoch):
@@ -38,7 +38,7 @@ def test_it_suggests_less_than_the_rate_that_destroys_and_changes_nothing():
     model = build_model("micro_resnet", 4, stem="small", dropout=0.2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = find_rate(model, replace(DEFAULT.optim, lr="find"), Photos(), None)
+    found = find_rate(model, replace(SGD, lr="find"), Photos(), None)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -47,11 +47,22 @@ def test_it_suggests_less_than_the_rate_that_destroys_and_changes_nothing():
     assert f"{min(found.losses):.3g}" in found.reason
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_small_batches_are_shown_as_many_images(seed):
+    """A hundred steps of four images and no momentum saw nothing, or a rate of 3e-6."""
+    torch.manual_seed(seed)
+    model = build_model("micro_resnet", 4, stem="small").train()
+    config = replace(SGD, lr="find", batch_size=4, momentum=0.0, nesterov=False)
+    found = find_rate(model, config, Photos(4), None)
+    assert 3e-4 < found.suggestion < 1
+    assert len(found.rates) > 4 * STEPS
+
+
 def test_it_reads_the_bottom_of_a_curve():
     rates = np.geomspace(LOWEST, HIGHEST, STEPS)
     losses = 1.6 - 0.8 * np.exp(-((np.log10(rates) + 1) ** 2))
     found = read(rates.tolist(), losses.tolist())
-    assert found.suggestion == pytest.approx(0.1 / 5, rel=0.1)
+    assert found.suggestion == pytest.approx(0.1 / 10, rel=0.1)
 
 
 @pytest.mark.parametrize("losses", [[1.6] * STEPS, list(np.linspace(1.6, 3, STEPS)), []])

@@ -1,7 +1,7 @@
 """Which learning rate a network takes: the range test of Smith (2017).
 
-A hundred steps on a copy of the network, while the rate grows from one that does nothing to one
-that destroys.
+A hundred steps on a copy of the network, more where batches are small, while the rate grows from
+one that does nothing to one that destroys.
 """
 
 import contextlib
@@ -22,20 +22,24 @@ from train.data.loader import Loader
 from train.data.resident import ResidentLoader
 from train.errors import UsageError
 from train.files import write_atomically
+from train.optim import set_rate
 from train.plots import SOFT, TRAIN, VALIDATION, png, style_axes
 from train.training import Training
 
-STEPS = 100
+STEPS = 100  # of batches of FULL images; of smaller ones as many as show the same images
+FULL = 32
 LOWEST, HIGHEST = 1e-6, 10.0
-SMOOTHING = 0.9  # of the moving average of the loss: ten steps long
+AVERAGED = 0.1  # of the steps, as long is the moving average of the loss; so many come first
 ENDS_AT = 3.0  # times the lowest smoothed loss: further up there is nothing to see
-FALLS = 0.98  # of the first losses: what a curve must reach to say anything
-MARGIN = 5.0  # below the rate of the lowest loss, where growth and decay already hold each other
+FALLS = 0.98  # of the first smoothed loss: what a curve must reach to say anything
+MARGIN = 10.0  # below the rate of the lowest loss, where growth and decay already hold each other;
+# of a fifth a small network with momentum diverged for one seed of three
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Rates and smoothed losses, a step each; the rate to take, and why in words."""
+    """Rates and smoothed losses, a step each, from where enough losses are averaged; the rate to
+    take, and why in words."""
 
     rates: list[float]
     losses: list[float]
@@ -58,11 +62,12 @@ def find_rate(
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     quiet = replace(config, lr=0.0, ema=0.0, schedule="constant")
+    steps = STEPS * max(1, FULL // config.batch_size)
     with torch.random.fork_rng(devices):
         trial = Training(
             copy.deepcopy(model).train(),
             quiet,
-            total_steps=STEPS,
+            total_steps=steps,
             amp_dtype=amp_dtype,
             class_counts=class_counts,
         )
@@ -72,41 +77,45 @@ def find_rate(
 def _climb(trial: Training, loader: Loader | ResidentLoader) -> tuple[list[float], list[float]]:
     """Rates and smoothed losses, until the loss runs away."""
     rates, losses, average, lowest = [], [], 0.0, math.inf
-    growth = (HIGHEST / LOWEST) ** (1 / (STEPS - 1))
-    with tqdm(total=STEPS, desc="range test", unit="step", leave=False) as bar:
+    steps, done = trial.total_steps, 0
+    first = round(AVERAGED * steps)
+    kept, growth = 1 - 1 / first, (HIGHEST / LOWEST) ** (1 / (steps - 1))
+    with tqdm(total=steps, desc="range test", unit="step", leave=False) as bar:
         epoch = 0
-        while len(rates) < STEPS:
+        while done < steps:
             epoch += 1
             with contextlib.closing(loader.epoch(epoch)) as batches:
                 for batch in batches:
-                    rate = LOWEST * growth ** len(rates)
-                    trial.rate.fill_(rate)
+                    rate = LOWEST * growth**done
+                    set_rate(trial.step.optimizer, rate)
+                    trial.step.whole = len(batch.indices)
                     loss = trial.step(batch.images, batch.labels)[0].item()
-                    average = SMOOTHING * average + (1 - SMOOTHING) * loss
-                    smooth = average / (1 - SMOOTHING ** (len(rates) + 1))
+                    done += 1
+                    average = kept * average + (1 - kept) * loss
+                    smooth = average / (1 - kept**done)
                     if not math.isfinite(loss) or smooth > ENDS_AT * lowest:
                         return rates, losses
-                    lowest = min(lowest, smooth)
-                    rates.append(rate)
-                    losses.append(smooth)
                     bar.update()
-                    if len(rates) == STEPS:
+                    if done >= first:  # the average of fewer is low or high by luck
+                        lowest = min(lowest, smooth)
+                        rates.append(rate)
+                        losses.append(smooth)
+                    if done == steps:
                         break
     return rates, losses
 
 
 def read(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
     """What a curve of smoothed losses suggests. Raises UsageError where it never falls."""
-    start = min(losses[:10]) if losses else 0.0
     best = int(np.argmin(losses)) if losses else 0
-    if not losses or losses[best] > FALLS * start:
+    if not losses or losses[best] > FALLS * losses[0]:
         raise UsageError(
             f"no learning rate from {LOWEST:g} to {HIGHEST:g} lowers the loss: look at the data, "
             "--init and --act first, or give a number to --lr"
         )
     suggestion = float(f"{rates[best] / MARGIN:.1g}")
     reason = (
-        f"the smoothed loss is lowest, {losses[best]:.3g} after {start:.3g}, at a rate of "
+        f"the smoothed loss is lowest, {losses[best]:.3g} after {losses[0]:.3g}, at a rate of "
         f"{rates[best]:.2g}; a {MARGIN:.0f}th of it keeps a distance from where it turns up"
     )
     return RangeTest(list(rates), list(losses), suggestion, reason)

@@ -15,15 +15,21 @@ from typing import Annotated, Literal
 
 import tyro
 
+from train.arguments import flowing
+from train.command import run_command
+from train.config import from_dict
 from train.doctor.diagnose import Diagnosis, diagnose, told, write_diagnosis
 from train.doctor.finding import Rule
-from train.doctor.request import compare_depth, try_one_batch
+from train.doctor.request import compare_depth, try_one_batch, try_range
 from train.doctor.rules import RULES
 from train.doctor.section import add_findings
 from train.doctor.signals import FILE, Signals, load
 from train.doctor.trial import SEEDS, start_again, try_remedy
-from train.errors import LapisError, UsageError
+from train.errors import FOREIGN, CheckpointError, UsageError
+from train.inputs import load_inputs
 from train.page import Page
+from train.run_report import rewrite_report
+from train.validation import validation_square
 
 HEADINGS = {
     "en": ("What it is", "Why it happens", "How it is recognised", "What helps", "What does not"),
@@ -38,6 +44,7 @@ HEADINGS = {
 SOURCES = {"en": "Sources", "id": "Sumber"}
 
 
+@flowing
 @dataclass(frozen=True)
 class Options:
     """What to judge or to explain."""
@@ -52,8 +59,11 @@ class Options:
     """Write a page with the findings and their pictures."""
     one_batch: bool = False
     """Train a fresh network of the run on 16 of its images first: can it learn them by heart?"""
+    range_test: bool = False
+    """Look for the learning rate that the run's network takes first: is the run's far below it?"""
     try_: Annotated[bool, tyro.conf.arg(name="try")] = False
-    """Train briefly with the primary finding's remedy and without it, and print the effect."""
+    """Train briefly with the primary finding's remedy and without it; print the effect and add it
+    to doctor.json and the report."""
     seeds: int = SEEDS
     """Pairs of trainings for --try."""
     epochs: int | None = None
@@ -69,19 +79,18 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge or explain as the flags say; returns the exit code."""
     options = tyro.cli(Options, prog="python -m train.doctor", description=__doc__, args=argv)
-    try:
-        if options.explain is not None:
-            print(explain(options.explain, options.language))
-        elif options.runs:
-            return judge(options)
-        else:
-            raise UsageError("name a run folder, or a rule with --explain")
-    except LapisError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    codes: list[int] = []  # of the run that --fix starts
+    return run_command(lambda: codes.append(answer(options)), debug=options.debug) or codes[0]
+
+
+def answer(options: Options) -> int:
+    """Explain or judge; returns the exit code. Raises LapisError."""
+    if options.explain is not None:
+        print(explain(options.explain, options.language))
+        return 0
+    if options.runs:
+        return judge(options)
+    raise UsageError("name a run folder, or a rule with --explain")
 
 
 def judge(options: Options) -> int:
@@ -100,7 +109,9 @@ def judge(options: Options) -> int:
     for folder, signals in runs.items():
         if options.one_batch:
             try_one_batch(signals)
-        found = diagnose(signals)
+        if options.range_test:
+            try_range(signals)
+        found = diagnosed(folder, signals)
         print(f"{folder}: {signals.steps:,} steps, {len(signals.probes)} probes\n{told(found)}\n")
         write_diagnosis(folder, found)
         if len(runs) > 1:
@@ -112,11 +123,27 @@ def judge(options: Options) -> int:
     return treat(options, folder, signals, found) if treats else 0
 
 
+def diagnosed(folder: Path, signals: Signals) -> list[Diagnosis]:
+    """What all rules find in the signals of a run folder. Raises CheckpointError for signals that
+    lack what a rule reads."""
+    try:
+        return diagnose(signals)
+    except FOREIGN as error:
+        raise CheckpointError(
+            f"{folder / FILE} does not hold what the rules read ({error!r}): it is damaged, or was "
+            "written by another version"
+        ) from error
+
+
 def treat(options: Options, folder: Path, signals: Signals, found: Sequence[Diagnosis]) -> int:
     """Try the remedy, start it, or start it if it helped; returns the exit code."""
     if options.try_:
         effect = try_remedy(folder, signals, found, seeds=options.seeds, epochs=options.epochs)
         print(effect.told())
+        found = diagnosed(folder, signals)  # with the effect
+        write_diagnosis(folder, found)
+        config = from_dict(signals.start["config"], folder / FILE)
+        rewrite_report(folder, partial(validation_square, load_inputs(config), config.data))
         if options.fix and not effect.helps:
             print("not started again: the remedy was not seen to help")
             return 0

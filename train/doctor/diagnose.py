@@ -3,8 +3,9 @@ finding reads."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from train.doctor.effect import effect_on
 from train.doctor.finding import Rule, Severity
 from train.doctor.remedy import command_with
 from train.doctor.rules import RULES
@@ -25,6 +26,7 @@ class Diagnosis(TypedDict):
     explanation: str
     remedy: str
     command: str | None
+    effect: dict[str, Any] | None  # of the command, where it was tried, see `effect`
 
 
 def diagnose(
@@ -41,6 +43,7 @@ def diagnose(
             continue
         finding = rule.check(signals)
         if finding is not None:
+            command = command_with(signals.start.get("config"), finding.changes)
             found.append(
                 Diagnosis(
                     rule=rule.id,
@@ -50,7 +53,8 @@ def diagnose(
                     evidence=finding.evidence,
                     explanation=rule.texts["en"].brief,
                     remedy=finding.remedy,
-                    command=command_with(signals.start.get("config"), finding.changes),
+                    command=command,
+                    effect=effect_on(signals, rule.id, command),
                 )
             )
     found.sort(key=lambda diagnosis: diagnosis["severity"] == "note")  # stable
@@ -77,13 +81,16 @@ def told(found: Sequence[Diagnosis]) -> str:
     blocks = []
     for diagnosis in found:
         rank = "primary " if diagnosis["primary"] else ""
+        effect = diagnosis["effect"]
         kind = f"{rank}PROBLEM" if diagnosis["severity"] == "problem" else "note"
         lines = [
             f"{kind}: {diagnosis['rule']} (first seen at step {diagnosis['first_step']})",
             f"  evidence  {diagnosis['evidence']}",
             f"  why       {diagnosis['explanation']}",
-            f"  remedy    {diagnosis['remedy']} (not tried on this run)",
+            f"  remedy    {diagnosis['remedy']}" + ("" if effect else " (not tried on this run)"),
         ]
+        if effect:
+            lines.append(f"  measured  {effect['text']}")
         if diagnosis["command"]:
             lines.append(f"  command   {diagnosis['command']}")
         blocks.append("\n".join(lines))

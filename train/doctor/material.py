@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from train import distributed
 from train.config import Config, to_dict
 from train.data.augment import order
 from train.data.loader import Batch, Loader
-from train.doctor.probe import IMAGES, Probe
+from train.doctor.probe import IMAGES, Probe, norm_images
 from train.doctor.signals import SCHEMA
-from train.inputs import Inputs
+from train.inputs import Inputs, centres
 from train.training import Training
 
 PROBE_EPOCH = 0xD0C  # the draw of the probe's images: no epoch's order of training images
@@ -23,11 +24,11 @@ def probe_batch(inputs: Inputs, config: Config, dtype: torch.dtype, device: torc
     train = inputs.split.train
     chosen = train[order(len(train), config.run.seed, PROBE_EPOCH)[:IMAGES]]
     loader = Loader(
-        inputs.images,
+        centres(inputs.images, config.data),
         inputs.photos.labels,
         chosen,
         batch_size=IMAGES,
-        image_size=config.data.image_size,
+        image_size=config.data.evaluated_size,
         dtype=dtype,
         channels_last=config.run.channels_last,
         workers=0,
@@ -57,11 +58,12 @@ def material_of(
 
 def network_of(training: Training, probe: Probe, steps: int) -> dict[str, Any]:
     """The network, the run and the images as they are fed; `steps` an epoch. The probe has measured
-    once, and knows the layers."""
+    once, and knows the layers and their maps, at the size of evaluation."""
     batch, model = probe.batch, training.model
     optimised = {id(p) for g in training.step.optimizer.param_groups for p in g["params"]}
     parameters = list(model.named_parameters())
     pixels = batch.images.float()
+    together, positions = norm_images(training.config), probe.norm_positions.values()
     deviation, mean = torch.std_mean(pixels, (0, 2, 3))
     return {
         "schema": SCHEMA,
@@ -70,6 +72,9 @@ def network_of(training: Training, probe: Probe, steps: int) -> dict[str, Any]:
         "total_steps": training.total_steps,
         "epochs": training.config.epochs,
         "batch_size": training.config.batch_size,
+        "norm_images": together,
+        "norm_values": together * min(positions) if positions else None,
+        "processes": distributed.size(),
         "amp": str(training.amp_dtype).removeprefix("torch."),
         "layers": [_describe(name, model, *probe.shapes[name]) for name in probe.layers],
         "frozen": [name for name, p in parameters if not p.requires_grad],

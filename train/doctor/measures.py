@@ -75,16 +75,16 @@ def full_rate(signals: Signals, epochs: Sequence[Mapping[str, Any]]) -> list[Map
     return [e for e in epochs if rates[min(e["step"], rates.size) - 1] >= 0.1 * highest]
 
 
-def flat(losses: Sequence[float], least: float = 0.01) -> bool:
+def flat(losses: Sequence[float], least: float = 0.01, sure: float = SURE) -> bool:
     """Whether a loss an epoch stands still: a line through it falls by less than `least` of its
-    height an epoch, and not by more than SURE standard errors of its slope."""
+    height an epoch, and not by more than `sure` standard errors of its slope."""
     values = np.array(losses, dtype=float)
     place = np.arange(values.size) - (values.size - 1) / 2
     spread = (place**2).sum()
     slope = float((place * values).sum() / spread)
     rest = values - values.mean() - slope * place
     error = math.sqrt(float((rest**2).sum()) / max(1, values.size - 2) / spread)
-    return -slope < least * values.mean() and -slope <= SURE * error
+    return -slope < least * values.mean() and -slope <= sure * error
 
 
 def share_error(share: float, images: int) -> float:

@@ -13,18 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import set_backend
+from models import set_backend, synchronise
+from train import distributed
+from train.config import OptimConfig
 from train.data.loader import Batch
 from train.training import Training
 
 IMAGES = 64  # for accuracy and dead channels
 GRADIENT_IMAGES = 16  # of them for gradients: a backward pass costs twice a forward pass, and more
 # frequent probes see more than exact ones
-SMALL_BATCH = 8  # images; up to here batch statistics are worth judging
+SMALL_BATCH = 8  # images that BatchNorm sees together; up to here its statistics are worth judging
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
 LAYERS = (nn.Conv2d, nn.Linear)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.ELU)
+
+
+def norm_images(config: OptimConfig) -> int:
+    """How many training images BatchNorm sees together: those of a part of the batch, on one
+    process, or with --sync-bn on all of them."""
+    processes = 1 if config.sync_bn else distributed.size()
+    return max(1, config.batch_size // (config.accumulate * processes))
 
 
 class Probe:
@@ -33,9 +42,11 @@ class Probe:
     def __init__(self, training: Training, batch: Batch):
         self.training = training
         self.batch = batch
-        self.copy = set_backend(copy.deepcopy(training.model), "eager")
+        # of several processes one probes, and nobody would answer its norms
+        self.copy = synchronise(set_backend(copy.deepcopy(training.model), "eager"), False)
         self.layers: list[str] = []  # with weights, in the order in which they run
         self.shapes: dict[str, tuple[list[int], list[int]]] = {}
+        self.norm_positions: dict[str, int] = {}  # of each norm's map
         self._seen: dict[str, dict[str, Tensor]] = {}
         for name, module in self.copy.named_modules():
             if isinstance(module, LAYERS):
@@ -60,6 +71,7 @@ class Probe:
     def _norm_hook(self, name: str) -> Callable:
         def hook(module, inputs):
             if module.training and module.running_mean is not None:
+                self.norm_positions[name] = inputs[0][0, 0].numel()
                 self._seen.setdefault(name, {}).update(_distance(module, inputs[0].detach()))
 
         return hook
@@ -139,7 +151,7 @@ class Probe:
             "clean_accuracy": (logits.argmax(1) == labels).float().mean().item(),
             "confidence": [round(p, 4) for p in own.tolist()],
         }
-        if self.training.config.batch_size <= SMALL_BATCH:
+        if norm_images(self.training.config) <= SMALL_BATCH:
             with self.training.autocast():
                 other = self.copy.train()(images).argmax(1) == labels
             right = logits.argmax(1) == labels

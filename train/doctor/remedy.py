@@ -5,10 +5,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from train.config import RECIPES, Config, from_dict
+from train.config import Config, from_dict, recipe_of
 from train.errors import UsageError
 
 OWN = ("out", "resume", "debug")  # of the run that was, not of the next
+# Of a network that starts from random weights: loaded ones would not fit, or bring the fault along
+ANEW = {"model", "stem", "norm", "init"}
 
 
 def command_with(config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -> str | None:
@@ -18,6 +20,8 @@ def command_with(config: Mapping[str, Any] | None, changes: Mapping[str, Any]) -
         return None
     before = from_dict(config)
     changes, groups = dict(changes), {}
+    if ANEW & changes.keys():
+        changes["init_from"] = None
     for group in dataclasses.fields(Config):
         value = getattr(before, group.name)
         names = {field.name for field in dataclasses.fields(value)}
@@ -34,7 +38,7 @@ def command_of(config: Config) -> str:
 
     Raises UsageError for a value that no flag can give.
     """
-    recipe = RECIPES[config.run.recipe]
+    recipe = recipe_of(config.run.recipe, config.model.model)
     words = ["python", "-m", "train.run"]
     if config.run.recipe != "default":
         words += ["--recipe", config.run.recipe]

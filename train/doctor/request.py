@@ -14,7 +14,8 @@ from models import build_model
 from train.config import OptimConfig, from_dict
 from train.data.loader import Batch
 from train.doctor.material import probe_batch
-from train.doctor.signals import Signals
+from train.doctor.signals import FILE, Signals
+from train.doctor.trial import range_of
 from train.environment import choose_device, prepare
 from train.inputs import load_inputs
 from train.training import Training
@@ -26,7 +27,7 @@ STEPS = 200
 def try_one_batch(signals: Signals) -> None:
     """Train a fresh network of a run on a few of its images and add what came of it to its
     `signals`. Raises DataError when the photos are not there any more."""
-    config = from_dict(signals.start["config"])
+    config = from_dict(signals.start["config"], FILE)
     device = choose_device(config.run.device)
     prepare(config.run)
     batch = probe_batch(load_inputs(config), config, torch.float32, device)
@@ -34,6 +35,19 @@ def try_one_batch(signals: Signals) -> None:
     options = asdict(config.model)
     model = build_model(options.pop("model"), len(signals.start["classes"]), **options)
     signals.add(learn_by_heart(model.to(device), config.optim, batch))
+
+
+def try_range(signals: Signals) -> None:
+    """Look for the learning rate that a run's network takes and add it to its `signals`.
+
+    Raises DataError when the photos are not there any more, UsageError where no rate lowers the
+    loss.
+    """
+    config = from_dict(signals.start["config"], FILE)
+    device = choose_device(config.run.device)
+    prepare(config.run)
+    found = range_of(load_inputs(config), config, device)
+    signals.add({"kind": "range_test", "suggestion": found.suggestion})
 
 
 def learn_by_heart(model: nn.Module, config: OptimConfig, batch: Batch) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def add_findings(page: Page, signals: Signals, found: Sequence[Diagnosis]) -> No
     for diagnosis in found:
         rule = rules[diagnosis["rule"]]
         problem = diagnosis["severity"] == "problem"
+        effect = diagnosis["effect"]
         title = rule.texts["en"].title
         rank = (
             "Primary problem: " if diagnosis["primary"] else "Also seen: " if problem else "Note: "
@@ -44,10 +45,12 @@ def add_findings(page: Page, signals: Signals, found: Sequence[Diagnosis]) -> No
         page.text(
             f"{diagnosis['explanation']} First seen at step {diagnosis['first_step']:,};"
             f" `python -m train.doctor --explain {rule.id}` says more.",
-            f"What to do (not tried on this run): {diagnosis['remedy']}.",
+            f"What to do{'' if effect else ' (not tried on this run)'}: {diagnosis['remedy']}.",
         )
         if diagnosis["command"]:
             page.command(diagnosis["command"])
+        if effect:
+            page.text(f"Tried briefly beside the unchanged recipe: {effect['text']}.")
         for name in rule.figures if problem else ():
             if name not in shown:
                 shown.add(name)

@@ -5,22 +5,24 @@ steps   blocks of numbers, one a step: loss, accuracy (0..1), learning_rate, ski
 probe   the network on a few training images, see `probe.Probe.measure`
 epoch   the epoch's line of metrics.jsonl, and what its validation showed, see `watch`
 stop    the loss was not finite and the training ended
-one_batch, degradation   what trainings on request found, see `request`
+one_batch, range_test, degradation   what trainings on request found, see `request`
+effect  what the primary finding's remedy brought when it was tried, see `effect`
+cost    at the end: the doctor's seconds and those of the training's steps
 failed  the doctor itself could not go on
 
 A step's number is the count of updates behind it: 0 is before the first. A number that is not
 finite is null in the file and NaN in the arrays.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from train.files import write_atomically
-from train.record import plain, read_jsonl
+from train.errors import CheckpointError
+from train.files import unwritable, write_atomically
+from train.record import json_line, plain, read_jsonl
 
 FILE = "signals.jsonl"
 SCHEMA = 1
@@ -87,7 +89,7 @@ class SignalLog:
     def __init__(self, folder: Path, at: int = 0):
         self.path = folder / FILE
         kept = [record for record in read_jsonl(self.path) if record.get("step", 0) <= at]
-        write_atomically(self.path, b"".join(map(_line, kept)))
+        write_atomically(self.path, b"".join(map(json_line, kept)))
         self.signals = Signals(kept)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -97,15 +99,27 @@ class SignalLog:
         waiting for the disk would cost more than the probe.
         """
         with open(self.path, "ab") as stream:
-            stream.write(_line(record))
+            stream.write(json_line(record))
         self.signals.add(record)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode("utf-8", "replace")
+def append(folder: Path, signals: Signals, record: Mapping[str, Any]) -> None:
+    """Add a record to the signals of a run folder and to their file. Raises DiskError."""
+    path = folder / FILE
+    try:
+        with open(path, "ab") as stream:
+            stream.write(json_line(record))
+    except OSError as error:
+        raise unwritable(path, error) from error
+    signals.add(record)
 
 
 def load(folder: Path) -> Signals:
-    """The signals of a run folder. Raises CheckpointError when a line is damaged."""
-    return Signals(read_jsonl(folder / FILE))
+    """The signals of a run folder. Raises CheckpointError when a line is damaged or foreign."""
+    try:
+        return Signals(read_jsonl(folder / FILE))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / FILE} is of another version, or damaged ({error!r}): remove it, and the "
+            "run goes on without what was recorded"
+        ) from error

@@ -5,88 +5,46 @@ import itertools
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import t
 from torch import nn
 from tqdm import tqdm
 
 from models import Backend
 from train import run
+from train.assembly import make_training
 from train.config import Config, check, from_dict
 from train.data.augment import order
 from train.data.loader import Loader
 from train.doctor.diagnose import Diagnosis
-from train.doctor.measures import auc, log_classes
-from train.doctor.signals import Signals
+from train.doctor.effect import LOSS, Effect, compare
+from train.doctor.measures import log_classes
+from train.doctor.signals import FILE, Signals, append
 from train.environment import choose_amp, choose_device, prepare
 from train.errors import DataError, UsageError
-from train.inputs import Inputs, load_inputs, make_loaders
+from train.inputs import Inputs, centres, load_inputs, make_loaders
 from train.loop import Listener, evaluate, evaluating, fit
-from train.metrics import probabilities
-from train.range_test import find_rate
+from train.range_test import RangeTest, find_rate
 from train.training import NonFiniteLoss, Step, Training
+from train.transfer import start_from
 
+EAGER = Backend("eager", "a trial")
 SEEDS = 3  # pairs: the fewest whose spread says something
 STEPS = 200  # of each training at least, where the run itself is as long
 CLEAN = 512  # training photos at most, on which the loss is measured
 WORST = 2.0  # times ln K: a higher loss, or one that is none, counts as that, or one run that blew
 # up would decide alone
+ACCURACY = "validation accuracy"
+RECALL = "lowest recall of a class"  # a rare one may be ranked well and never be named
 JUDGED_BY = {  # all other rules: by the loss on clean training photos
-    "bn_small_batch": "validation accuracy",
-    "failing_class": "lowest ROC-AUC of a class",
-    "geometry": "validation accuracy",
-    "overfit": "validation accuracy",
+    "bn_small_batch": ACCURACY,
+    "failing_class": RECALL,
+    "geometry": ACCURACY,
+    "overfit": ACCURACY,
 }
-LOSS = "loss on clean training photos"
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What a remedy changed: `measure` of each pair of trainings, without it and with it, by seed;
-    the mean difference and its 95 % interval (paired t)."""
-
-    measure: str
-    without: Sequence[float]
-    with_it: Sequence[float]
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def helps(self) -> bool:
-        """Whether the whole interval is on the better side."""
-        return self.high < 0 if self.measure == LOSS else self.low > 0
-
-    @property
-    def harms(self) -> bool:
-        return self.low > 0 if self.measure == LOSS else self.high < 0
-
-    def told(self) -> str:
-        """The effect in a sentence."""
-        verdict = "no effect shown: the interval holds 0"
-        if self.helps:
-            verdict = "the remedy helps"
-        elif self.harms:
-            verdict = "the remedy makes it worse"
-        return (
-            f"{self.measure}: {np.mean(self.without):.3f} without, {np.mean(self.with_it):.3f} "
-            f"with the remedy, difference {self.difference:+.3f} (95 % interval {self.low:+.3f} to "
-            f"{self.high:+.3f}, {len(self.without)} paired seeds): {verdict}"
-        )
-
-
-def compare(measure: str, without: Sequence[float], with_it: Sequence[float]) -> Effect:
-    """The effect over pairs of trainings, at least two: Student's t on their differences."""
-    differences = np.subtract(with_it, without)
-    mean = float(differences.mean())
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    half = float(t.ppf(0.975, len(differences) - 1)) * error
-    return Effect(measure, without, with_it, mean, mean - half, mean + half)
 
 
 def remedy_of(found: Sequence[Diagnosis]) -> tuple[Diagnosis, list[str]]:
@@ -114,14 +72,15 @@ def try_remedy(
     split, and compare what the rule is about.
 
     epochs: of each training; by default until the finding was first seen, STEPS steps at least,
-    and no more than the run's own. Raises UsageError and DataError.
+    and no more than the run's own. The effect is added to `signals` and to their file. Raises
+    UsageError, DataError and DiskError.
     """
     primary, flags = remedy_of(found)
     if seeds < 2:
         raise UsageError(f"--seeds {seeds}: a spread needs at least 2")
     if epochs is not None and epochs < 1:
         raise UsageError(f"--epochs must be at least 1, not {epochs}")
-    before, after = from_dict(signals.start["config"]), run.parse(flags)
+    before, after = from_dict(signals.start["config"], FILE), run.parse(flags)
     check(before)
     if _measured(before) != _measured(after):
         raise UsageError(
@@ -158,7 +117,9 @@ def try_remedy(
             value = _result((inputs, others)[arm], config, device, measure, cap, _Bar(bar))
             bar.update(done + epochs - bar.n)  # one that ended early counts as done
             values[arm].append(value)
-    return compare(measure, *values)
+    effect = compare(measure, *values)
+    append(folder, signals, effect.record(primary["rule"], primary["command"], epochs))
+    return effect
 
 
 def start_again(folder: Path, found: Sequence[Diagnosis]) -> int:
@@ -209,17 +170,25 @@ def _shortened(config: Config, seed: int, epochs: int) -> Config:
 def _with_found_rate(inputs: Inputs, config: Config, device: torch.device) -> Config:
     """The recipe with the rate that --lr find finds for the run's own seed, which all pairs then
     train with: the test is a part of the remedy, and takes as long as a training."""
-    amp_dtype = choose_amp(config.run.amp, device)
-    loader, _ = make_loaders(inputs, config, amp_dtype or torch.float32, device)
-    model = _network(inputs, config, device)
-    found = find_rate(model, config.optim, loader, amp_dtype, inputs.train_counts())
+    found = range_of(inputs, config, device)
     print(f"--lr find: {found.suggestion:g} ({found.reason})")
     return replace(config, optim=replace(config.optim, lr=found.suggestion))
 
 
+def range_of(inputs: Inputs, config: Config, device: torch.device) -> RangeTest:
+    """The range test of a recipe, with the network that its seed begins with. Raises UsageError
+    where no rate lowers the loss."""
+    amp_dtype = choose_amp(config.run.amp, device)
+    loader, _ = make_loaders(inputs, config, amp_dtype or torch.float32, device)
+    model = _network(inputs, config, device)
+    return find_rate(model, config.optim, loader, amp_dtype, inputs.train_counts())
+
+
 def _network(inputs: Inputs, config: Config, device: torch.device) -> nn.Module:
     torch.manual_seed(config.run.seed)
-    return run.build(config, len(inputs.train_counts()), Backend("eager", "a trial"), device)
+    model = run.build(config, len(inputs.train_counts()), EAGER, device)
+    start_from(model, config)
+    return model
 
 
 def _result(
@@ -233,19 +202,10 @@ def _result(
     """Train once, and measure."""
     amp_dtype = choose_amp(config.run.amp, device)
     loader, val_loader = make_loaders(inputs, config, amp_dtype or torch.float32, device)
-    counts = inputs.train_counts()
-    training = Training(
-        _network(inputs, config, device),
-        config.optim,
-        total_steps=config.optim.epochs * len(loader),
-        amp_dtype=amp_dtype,
-        mixup_alpha=config.data.mixup,
-        cutmix_alpha=config.data.cutmix,
-        seed=config.run.seed,
-        class_counts=counts,
-    )
+    model = _network(inputs, config, device)
+    training = make_training(config, inputs, model, loader, EAGER, amp_dtype)
     try:
-        fit(training, loader, None, len(counts), [listener])
+        fit(training, loader, None, len(inputs.train_counts()), [listener])
     except NonFiniteLoss:
         return cap if measure == LOSS else 0.0
     shown = val_loader if measure != LOSS else _clean(inputs, config, amp_dtype, device)
@@ -254,11 +214,10 @@ def _result(
     if measure == LOSS:
         loss = F.cross_entropy(logits.double(), labels).item()
         return min(loss, cap) if math.isfinite(loss) else cap
-    if measure == "validation accuracy":
-        return (logits.argmax(1) == labels).double().mean().item()
-    scores, truth = probabilities(logits.numpy()), labels.numpy()
-    areas = [auc(scores[:, k], truth == k) for k in range(len(counts))]
-    return min(area for area in areas if area is not None)
+    right = (logits.argmax(1) == labels).double()
+    if measure == ACCURACY:
+        return right.mean().item()
+    return min(right[labels == k].mean().item() for k in labels.unique())
 
 
 def _clean(
@@ -267,11 +226,11 @@ def _clean(
     """Training photos as validation sees them, the same for every seed."""
     train = inputs.split.train
     return Loader(
-        inputs.images,
+        centres(inputs.images, config.data),
         inputs.photos.labels,
         train[order(len(train), 0, 0)[:CLEAN]],
         batch_size=config.optim.val_batch_size,
-        image_size=config.data.image_size,
+        image_size=config.data.evaluated_size,
         dtype=amp_dtype or torch.float32,
         channels_last=config.run.channels_last,
         workers=0,

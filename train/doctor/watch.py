@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from train.data.findings import counted
 from train.data.loader import Batch
 from train.doctor.diagnose import Diagnosis, diagnose, line, told, write_diagnosis
 from train.doctor.material import network_of
@@ -223,11 +224,13 @@ class Doctor(Listener):
         if error is not None:
             self.log.write({"kind": "stop", "step": self._seen, "rows": error.indices})
         self._judge(final=True)
-        probes = len(self.log.signals.probes)
-        share = f", {self.spent / self.trained:.1%} of the training" if self.trained else ""
+        probes = counted(len(self.log.signals.probes), "probe")
+        share = ""
+        if self.trained and self.spent > ALLOWANCE:  # less is no share of anything
+            share = f", {self.spent / self.trained:.1%} of the training"
         problems = [d for d in self.diagnoses if d["severity"] == "problem"]
         tqdm.write(told(problems) if problems else "doctor: no problem found")
-        tqdm.write(f"doctor: {probes} probes, {self.spent:.1f} s{share}")
+        tqdm.write(f"doctor: {probes}, {self.spent:.1f} s{share}")
 
     def _flush(self) -> None:
         if self._block:

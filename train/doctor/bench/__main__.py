@@ -5,7 +5,6 @@ finished stand in DIR, so the same command goes on where it was stopped; remove 
 of rules. Half of the kinds are there to fix thresholds on, the other half to score them.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -19,17 +18,19 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from train.arguments import flowing
 from train.command import run_command
 from train.doctor.bench.cases import Job, jobs, quick_jobs
 from train.doctor.bench.score import score, table
 from train.doctor.bench.watched import train_job, train_named
 from train.errors import UsageError
 from train.files import unwritable, write_atomically
-from train.record import write_json
+from train.record import read_json, write_json
 
 HALVES = ("fixing", "scoring")
 
 
+@flowing
 @dataclass(frozen=True)
 class Options:
     """Which trainings, and where their results go."""
@@ -73,7 +74,7 @@ def bench(options: Options) -> None:
         for job, result in _trained(left, options.jobs):
             write_json(folder / f"{job.name}.json", result)
             bar.update()
-    results = [json.loads((folder / f"{job.name}.json").read_bytes()) for job in chosen]
+    results = [read_json(folder / f"{job.name}.json") for job in chosen]
     halves = {half: score([r for r in results if r["half"] == half]) for half in HALVES}
     write_json(options.out / "bench.json", {"scores": halves, "trainings": results})
     text = table(results)

@@ -22,19 +22,23 @@ from train.doctor.bench.networks import (
     narrow,
     never_evaluates,
     never_trains,
+    overscaled,
     small_weights,
     stack,
 )
 from train.doctor.bench.pictures import (
+    PHOTOS,
     Pictures,
     changed,
     dishes,
     few_dishes,
+    few_photos,
     forty,
     hole,
     leaked,
     look_alike,
     patterns,
+    photos,
     random_labels,
     rare,
     unevenly_lit,
@@ -43,7 +47,14 @@ from train.training import Training
 
 SEEDS = 5  # trainings of a kind
 STEADY = replace(
-    DEFAULT.optim, schedule="constant", lr=0.05, ema=0.0, label_smoothing=0.0, batch_size=16
+    DEFAULT.optim,
+    optimizer="sgd",
+    schedule="constant",
+    lr=0.05,
+    weight_decay=5e-4,
+    ema=0.0,
+    label_smoothing=0.0,
+    batch_size=16,
 )
 ADAMW = replace(STEADY, optimizer="adamw", lr=2e-3)
 COSINE = replace(STEADY, schedule="cosine")
@@ -93,7 +104,7 @@ LONG = {"epochs": 13}
 # In turn for fixing and for scoring, so that each cause is on both sides
 FAULTS: tuple[Case, ...] = (
     Case("rate-sgd", ("lr_too_high",), optim=replace(STEADY, lr=10.0), **LONG),
-    Case("rate-adamw", ("lr_too_high",), optim=replace(ADAMW, lr=1.0), **LONG),
+    Case("rate-adamw", HIGH, lambda: stack(4), optim=replace(ADAMW, lr=0.3), **LONG),
     Case("rate-leaps", HIGH, prepare=leap, **LONG),
     Case("rate-no-norm", HIGH, lambda: stack(4), replace(STEADY, lr=5.0), **LONG),
     Case("tiny-rate-sgd", ("lr_too_low",), optim=replace(STEADY, lr=1e-7), **LONG),
@@ -197,6 +208,34 @@ FAULTS: tuple[Case, ...] = (
     ),
     Case("deep-plain", ("vanishing_gradient", "geometry"), lambda: stack(24), **LONG),
     Case("copied-pictures", ("leakage",), data=leaked(40), twins=40),
+    Case("overscaled-fp16", ("non_finite",), prepare=overscaled, amp=torch.float16, epochs=8),
+    Case("rate-fp16", HIGH, optim=replace(STEADY, lr=10.0), amp=torch.float16, epochs=8),
+    Case(
+        "tiny-rate-bf16",
+        ("lr_too_low",),
+        optim=replace(STEADY, lr=1e-7),
+        amp=torch.bfloat16,
+        **LONG,
+    ),
+    Case(
+        "sigmoids-bf16",
+        ("vanishing_gradient",),
+        lambda: stack(34, nn.Sigmoid),
+        amp=torch.bfloat16,
+        **LONG,
+    ),
+)
+
+PHOTO_FAULTS: tuple[Case, ...] = (
+    Case(
+        "few-photos",
+        ("overfit",),
+        lambda: micro("micro_plain"),
+        replace(ADAMW, weight_decay=0.0),
+        epochs=30,
+        data=few_photos,
+    ),
+    Case("random-labels-photos", UNTAUGHT, epochs=24, data=random_labels(photos)),
 )
 
 SOUND: tuple[Case, ...] = (
@@ -249,14 +288,21 @@ SOUND: tuple[Case, ...] = (
     Case(
         "dishes-mixup", optim=COSINE, mixup=0.3, data=lambda seed: dishes(seed, 400, 120), epochs=6
     ),
+    Case("fp16", amp=torch.float16, epochs=6),
+    Case("fp16-adamw", optim=ADAMW, amp=torch.float16, epochs=6),
+)
+
+PHOTO_SOUND: tuple[Case, ...] = (
+    Case("photos", optim=OWN, data=photos, epochs=3),
+    Case("photos-mixup", optim=COSINE, mixup=0.3, data=photos, epochs=3),
 )
 
 
 def jobs() -> list[Job]:
-    """All trainings: of either half's kinds SEEDS each, none of whose pictures the other half
-    sees."""
+    """All trainings: of either half's kinds SEEDS each, none of whose made pictures the other half
+    sees; photos, where they are, have splits of their own."""
     found = []
-    for cases in (FAULTS, SOUND):
+    for cases in (FAULTS, SOUND, *((PHOTO_FAULTS, PHOTO_SOUND) if PHOTOS.is_dir() else ())):
         for place, case in enumerate(cases):
             half, first = ("scoring", SEEDS) if place % 2 else ("fixing", 0)
             found += [Job(case, half, n, first + n) for n in range(SEEDS)]

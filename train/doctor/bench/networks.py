@@ -104,6 +104,12 @@ def never_evaluates(training: Training) -> None:
     training.autocast = autocast
 
 
+def overscaled(training: Training) -> None:
+    """A loss scale of float16 so large that dozens of updates are lost until it has halved
+    enough."""
+    training.step.scale.factor.fill_(2.0**60)
+
+
 def leap(training: Training) -> None:
     """From step 40 on the rate is a thousand times what the schedule says."""
     usual = training.learning_rate

@@ -1,18 +1,25 @@
-"""The benchmark's pictures: made in a moment, learnable, and what spoils them."""
+"""The benchmark's pictures: made in a moment, learnable, and what spoils them; photos too, where
+they are."""
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from train.config import DEFAULT
 from train.data.dishes import DISHES
 from train.data.synthetic import draw
+from train.inputs import load_inputs
 
 SIDE, CLASSES = 16, 4
 DISH_SIDE = 32
+PHOTOS = Path(__file__).resolve().parents[4] / "shared" / "data" / "food5"  # beside the checkout
+PHOTO_CLASSES = ("bakso", "gado_gado", "rendang", "soto_ayam")
 
 Pictures = tuple[Tensor, Tensor]  # float32 [N, 3, S, S] as fed, labels int64 [N]
 
@@ -47,9 +54,39 @@ def dishes(seed: int, count: int = 160, val: int = 120) -> tuple[Pictures, Pictu
         small = [cv2.resize(d, (DISH_SIDE,) * 2, interpolation=cv2.INTER_AREA) for d in drawn]
         return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float(), labels
 
-    train, unseen = some(0, count), some(count, val)
+    return _normalised(some(0, count), some(count, val))
+
+
+@functools.lru_cache(maxsize=2)
+def photos(seed: int) -> tuple[Pictures, Pictures]:
+    """CLASSES of the photos in PHOTOS, DISH_SIDE pixels a side, each seed with a split of its own
+    that keeps copies on one side. Raises DataError."""
+    data = replace(
+        DEFAULT.data,
+        data=str(PHOTOS),
+        classes=PHOTO_CLASSES,
+        image_size=DISH_SIDE,
+        val_scale=1.0,
+        val_crop=1.0,
+        augment="none",
+    )
+    found = load_inputs(replace(DEFAULT, data=data, run=replace(DEFAULT.run, seed=seed)))
+    pixels = torch.tensor(found.images).permute(0, 3, 1, 2).float()
+    labels = torch.from_numpy(found.photos.labels)
+    train, val = found.split.train, found.split.val
+    return _normalised((pixels[train], labels[train]), (pixels[val], labels[val]))
+
+
+def _normalised(train: Pictures, val: Pictures) -> tuple[Pictures, Pictures]:
+    """By the mean and deviation of each channel of the training pictures."""
     deviation, mean = torch.std_mean(train[0], (0, 2, 3), keepdim=True)
-    return tuple(((images - mean) / deviation, labels) for images, labels in (train, unseen))
+    return tuple(((images - mean) / deviation, labels) for images, labels in (train, val))
+
+
+def few_photos(seed: int) -> tuple[Pictures, Pictures]:
+    (images, labels), val = photos(seed)
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:48]
+    return (images[chosen], labels[chosen]), val
 
 
 def forty(seed: int) -> tuple[Pictures, Pictures]:

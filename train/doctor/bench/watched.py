@@ -33,6 +33,9 @@ class Photos:
     def __len__(self) -> int:
         return -(-len(self.pictures[1]) // self.batch_size)
 
+    def size_at(self, epoch: int) -> int:
+        return self.pictures[0].shape[-1]
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         rows = torch.arange(len(self.pictures[1]))
         if self.seed is not None:

@@ -1,8 +1,9 @@
 """All rules, causes before consequences: of several problems the first is the primary one.
 
 Numbers that are none; data, labels and initialisation; silent bugs; learning rate too high and
-exploding gradients; vanishing gradients and dead units; BatchNorm; too low a rate, stagnation and
-underfitting; a failing class and overfitting; geometry.
+exploding gradients; vanishing gradients, depth and shapes; BatchNorm on few images, whose noise
+kills units too; the dead units they leave; too low a rate, stagnation and underfitting; a failing
+class and overfitting.
 """
 
 from train.doctor.finding import Rule
@@ -40,12 +41,12 @@ RULES: tuple[Rule, ...] = (
     exploding_gradient.RULE,
     vanishing_gradient.RULE,
     degradation.RULE,
-    dying_relu.RULE,
+    geometry.RULE,
     bn_small_batch.RULE,
+    dying_relu.RULE,
     lr_too_low.RULE,
     stagnation.RULE,
     underfit.RULE,
     failing_class.RULE,
     overfit.RULE,
-    geometry.RULE,
 )

@@ -17,10 +17,11 @@ def check(signals: Signals) -> Finding | None:
     if norms.size < 2 or signals.steps < WINDOW:
         return None
     sizes = [np.linalg.norm(signals.layers(p, "weight")) for p in signals.probes]
-    grown = [
-        bool(norm > GROWTH * np.nanmedian(norms[:i])) if i else bool(norm > LARGE * sizes[0])
-        for i, norm in enumerate(norms)
+    usual = [
+        GROWTH * np.nanmedian(norms[:i]) if np.isfinite(norms[:i]).any() else LARGE * sizes[0]
+        for i in range(norms.size)
     ]
+    grown = [bool(norm > limit) for norm, limit in zip(norms, usual, strict=True)]
     if not any(grown):
         return None
     loss = signals.per_step("loss")

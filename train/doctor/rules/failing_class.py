@@ -4,10 +4,14 @@ import numpy as np
 
 from train.doctor.finding import Finding, Rule, Text
 from train.doctor.signals import Signals
-from train.metrics import auc_interval
+from train.metrics import auc_interval, wilson
 
 FAILS, CERTAIN = 0.65, 0.75  # area under the ROC curve, and the end of its interval
 OTHERS = 0.8  # median area of the other classes: the network as a whole works
+# A class that is rarely shown may be ranked well, and is never named all the same.
+MISSED, CERTAINLY = 0.25, 0.5  # share of its photos named right, and the end of that interval
+NAMED = 0.7  # median share of the other classes
+SELDOM = 0.5  # of the median class's training photos: others that are not named may be learnt late
 POSITIVES = 20  # validation photos of the class; fewer say nothing certain
 EPOCHS = 3  # latest, in all of which it fails
 RARE = 0.2  # of the median class's training photos
@@ -18,6 +22,21 @@ def check(signals: Signals) -> Finding | None:
     epochs = [epoch for epoch in signals.epochs if epoch.get("auc")][-EPOCHS:]
     if len(epochs) < EPOCHS or len(signals.start["classes"]) < 3:
         return None
+    found = _badly_ranked(signals, epochs) or _never_named(signals, epochs)
+    if found is None:
+        return None
+    worst, measured, sure = found
+    sure = sure and signals.start["val_counts"][worst] >= POSITIVES
+    cause, cure, changes = _cause(signals, epochs[-1], worst)
+    evidence = f"class {signals.start['classes'][worst]}: {measured}; {cause}"
+    if not sure:
+        evidence = f"inconclusive, too few photos: {evidence}"
+    return Finding("problem" if sure else "note", epochs[0]["step"], evidence, cure, changes)
+
+
+def _badly_ranked(signals: Signals, epochs: list[dict]) -> tuple[int, str, bool] | None:
+    """A class whose photos score no higher for it than others do: its number, the evidence, and
+    whether it is certain."""
     areas = np.array([epoch["auc"] for epoch in epochs], dtype=float)  # [epochs, classes]
     mean = areas.mean(axis=0)
     if np.isnan(mean).all():
@@ -28,17 +47,39 @@ def check(signals: Signals) -> Finding | None:
         return None
     positives = signals.start["val_counts"][worst]
     low, high = auc_interval(areas[-1, worst], positives, epochs[-1]["val_images"] - positives)
-    sure = positives >= POSITIVES and high < CERTAIN
-    cause, cure, changes = _cause(signals, epochs[-1], worst)
-    name = signals.start["classes"][worst]
-    evidence = (
-        f"class {name}: area under the ROC curve {areas[-1, worst]:.2f} (95 % interval "
-        f"{low:.2f} to {high:.2f}, {positives} photos), median of the others "
-        f"{np.nanmedian(rest[-1]):.2f}; {cause}"
+    measured = (
+        f"area under the ROC curve {areas[-1, worst]:.2f} (95 % interval {low:.2f} to {high:.2f}, "
+        f"{positives} photos), median of the others {np.nanmedian(rest[-1]):.2f}"
     )
-    if not sure:
-        evidence = f"inconclusive, too few photos: {evidence}"
-    return Finding("problem" if sure else "note", epochs[0]["step"], evidence, cure, changes)
+    return worst, measured, high < CERTAIN
+
+
+def _never_named(signals: Signals, epochs: list[dict]) -> tuple[int, str, bool] | None:
+    """A class that is seldom shown and whose photos are taken for others, which are told: as
+    `_badly_ranked`."""
+    counts = np.array(
+        [epoch["confusion"] for epoch in epochs], dtype=float
+    )  # [epochs, true, named]
+    shown = counts.sum(axis=2)
+    recalls = np.divide(
+        counts.diagonal(axis1=1, axis2=2), shown, where=shown > 0, out=np.full(shown.shape, np.nan)
+    )
+    if np.isnan(recalls).all():
+        return None
+    worst = int(np.nanargmin(recalls.mean(axis=0)))
+    rest = np.delete(recalls, worst, axis=1)
+    trained = signals.start["train_counts"]
+    if trained[worst] >= SELDOM * np.median(np.delete(trained, worst)):
+        return None
+    if not (recalls[:, worst] <= MISSED).all() or (np.nanmedian(rest, axis=1) < NAMED).any():
+        return None
+    positives = signals.start["val_counts"][worst]
+    low, high = wilson(recalls[-1, worst] * positives, positives)
+    measured = (
+        f"{recalls[-1, worst]:.0%} of its {positives} validation photos are named right (95 % "
+        f"interval {low:.0%} to {high:.0%}), median of the others {np.nanmedian(rest[-1]):.0%}"
+    )
+    return worst, measured, high < CERTAINLY
 
 
 def _cause(signals: Signals, epoch: dict, worst: int) -> tuple[str, str, dict]:
@@ -117,7 +158,10 @@ TEXTS = {
         recognised=(
             "The one-vs-rest area of each class on validation with its interval (Hanley and "
             "McNeil): at most 0.65 in three evaluations with the interval below 0.75, and 0.80 "
-            "for the median of the others. With fewer than 20 photos of the class it is "
+            "for the median of the others. Or, as a class that is shown less than half as often "
+            "may be ranked well and never be named, the share of its photos named right: at most "
+            "25 % with the interval below 50 %, and 70 % for the median of the others. With fewer "
+            "than 20 photos of the class it is "
             "inconclusive. Its training photos, their probabilities, and where its errors go tell"
             " the causes apart."
         ),
@@ -156,9 +200,12 @@ TEXTS = {
         recognised=(
             "Luas satu-lawan-sisanya tiap kelas pada validasi beserta selangnya (Hanley dan "
             "McNeil): paling tinggi 0,65 pada tiga evaluasi dengan selang di bawah 0,75, dan "
-            "median kelas lain 0,80. Dengan kurang dari 20 foto kelas itu, hasilnya belum dapat "
-            "disimpulkan. Jumlah foto latihnya, peluangnya, dan arah kesalahannya membedakan "
-            "penyebabnya."
+            "median kelas lain 0,80. Atau, karena kelas yang tampil kurang dari separuh dapat baik "
+            "peringkatnya namun tak pernah disebut, bagian fotonya yang disebut benar: paling "
+            "tinggi 25 % dengan selang di bawah 50 %, dan median kelas lain 70 %. Dengan kurang "
+            "dari 20 foto kelas "
+            "itu, hasilnya belum dapat disimpulkan. Jumlah foto latihnya, peluangnya, dan arah "
+            "kesalahannya membedakan penyebabnya."
         ),
         helps=(
             "Bergantung penyebabnya: lebih banyak foto kelas itu, atau augmentasi lebih kuat; "

@@ -8,6 +8,7 @@ from train.doctor.signals import Signals
 
 RATIO = 1e-4  # of a layer's weights that one step changes, at most so far; 1e-3 is usual
 TINY = 1e-5  # the report's recipe, slow but learning, is above it
+MORE = 10.0  # times the run's highest rate, that the range test finds: then no guess is needed
 FALLS = 0.05  # of the loss an epoch
 HIGH = 0.9  # times ln K: below it, slow or not, it learns
 PROBES = 2
@@ -29,11 +30,22 @@ def check(signals: Signals) -> Finding | None:
     fall = (1 - recent_loss(signals) / first_loss(signals)) / epochs
     if not 0 < largest < RATIO or fall >= FALLS:
         return None
-    return Finding(
-        "problem" if largest < TINY else "note",
-        updates[0][0],
+    evidence = (
         f"a step changes the typical layer by at most {largest:.1e} of its weights (1e-3 is "
-        f"usual), and the loss fell by {fall:.1%} an epoch, to {recent_loss(signals):.3g}",
+        f"usual), and the loss fell by {fall:.1%} an epoch, to {recent_loss(signals):.3g}"
+    )
+    certain = largest < TINY
+    tested = signals.others.get("range_test")
+    if tested is not None:
+        more = tested["suggestion"] / float(signals.per_step("learning_rate").max())
+        if more < MORE:
+            return None
+        certain = True
+        evidence += f"; the range test finds {tested['suggestion']:g}, {more:.0f} times the rate"
+    return Finding(
+        "problem" if certain else "note",
+        updates[0][0],
+        evidence,
         "raise --lr: --lr find looks for the largest that still lowers the loss",
         {"lr": "find"},
     )
@@ -57,8 +69,8 @@ TEXTS = {
         recognised=(
             "The change of one step over the norm of the weights, at most 1e-5 in all probes "
             "(1e-3 is usual), while the training shows no learning. The end of a decay is no "
-            "fault, so the largest counts. The range test (`python -m train.lr_find`) tells how "
-            "much more the network takes."
+            "fault, so the largest counts. With --range-test the network is asked how much it "
+            "takes: 10 times the rate or more makes 1e-4 enough, less clears the rate."
         ),
         helps=(
             "The range test, then a rate a little below where its loss turns up (--lr find); "
@@ -88,8 +100,9 @@ TEXTS = {
         recognised=(
             "Perubahan satu langkah dibagi norma bobot, paling besar 1e-5 pada semua pemeriksaan "
             "(lazimnya 1e-3), sementara pelatihan tidak menunjukkan kemajuan. Akhir penurunan "
-            "rate bukan kesalahan, jadi yang terbesar yang dihitung. Uji rentang (`python -m "
-            "train.lr_find`) memberi tahu seberapa besar lagi yang sanggup diterima jaringan."
+            "rate bukan kesalahan, jadi yang terbesar yang dihitung. Dengan --range-test jaringan "
+            "ditanya seberapa besar rate yang sanggup diterimanya: bila 10 kali lipat atau lebih, "
+            "1e-4 sudah cukup; bila kurang, rate-nya tidak bersalah."
         ),
         helps=(
             "Uji rentang, lalu rate sedikit di bawah titik loss berbalik naik (--lr find); "

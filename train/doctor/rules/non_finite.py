@@ -58,6 +58,8 @@ def _scaling(signals: Signals) -> Finding | None:
     if scale is not None and scale < LEAST_SCALE:
         evidence = f"the loss scale of float16 has fallen to {scale:.2g}"
         return Finding("problem", signals.probes[-1]["step"], evidence, remedy, changes)
+    if skipped.size < SKIPS_IN_A_ROW:
+        return None
     runs = np.convolve(skipped, np.ones(SKIPS_IN_A_ROW), "valid")
     share = float(skipped[-RECENT:].mean()) if skipped.size else 0.0
     if (runs == SKIPS_IN_A_ROW).any() or (skipped.size >= RECENT and share > SKIPPED_SHARE):

@@ -1,15 +1,19 @@
 """A model that does not even learn its training photos."""
 
+import math
+
 from train.doctor.finding import Finding, Rule, Text
-from train.doctor.measures import flat, full_rate, majority, train_accuracy
+from train.doctor.measures import flat, full_rate, learnt, share_error, train_accuracy
 from train.doctor.signals import Signals
 
 PAST = 0.6  # of the epochs: a verdict before is impatience
 LEAST_EPOCHS = 12  # of the run; fewer are a trial
 ACCURACY = 0.7  # on training images
-ABOVE = 0.1  # of always naming the largest class; below, nothing is learnt, for another reason
-GAP = 0.05  # of training over validation accuracy; more is another illness
+GAP, ERRORS = 0.05, 2  # of training over validation accuracy, and that in standard errors; more is
+# another illness
 SPAN = 6  # epochs over which the training loss stands still
+USUAL_DECAY = {"sgd": 1e-2, "adamw": 0.2}  # more may keep a model from learning: AdamW's is one of
+# the learning rate, SGD's of the gradient
 LARGER = {
     "micro_plain": "plain18",
     "micro_resnet": "resnet18",
@@ -26,12 +30,18 @@ def check(signals: Signals) -> Finding | None:
     losses = [epoch["train_loss"] for epoch in epochs]
     accuracy, images = train_accuracy(signals, signals.epochs[-1])
     val = signals.epochs[-1].get("val_accuracy")
-    if None in losses or val is None or accuracy >= ACCURACY or accuracy - val >= GAP:
+    if None in losses or val is None or accuracy >= ACCURACY:
         return None
-    if accuracy < majority(signals) + ABOVE or not flat(losses):
+    val_images = signals.epochs[-1]["val_images"]
+    error = math.hypot(share_error(accuracy, images), share_error(val, val_images))
+    if accuracy - val >= max(GAP, ERRORS * error):
+        return None
+    # where nothing at all is learnt there is another reason
+    if not learnt(signals) or not flat(losses, sure=math.inf):
         return None
     model = signals.config("model", "model")
-    decays = (signals.config("optim", "weight_decay") or 0) > 1e-2
+    usual = USUAL_DECAY[signals.config("optim", "optimizer") or "sgd"]
+    decays = (signals.config("optim", "weight_decay") or 0) > usual
     changes = {"weight_decay": 5e-4} if decays else {}
     if not decays and model in LARGER:
         changes = {"model": LARGER[model]}
@@ -65,8 +75,9 @@ TEXTS = {
         ),
         recognised=(
             "Past 60 % of a run of at least 12 epochs: accuracy under 70 % on clean training "
-            "images, less than 5 points above validation, and a training loss that stands still "
-            "while the rate is high. If nothing at all is learnt the cause is another."
+            "images, above validation by less than 5 points or two standard errors, and a training "
+            "loss that falls by less than 1 % an epoch while the rate is high. If nothing at all "
+            "is learnt the cause is another."
         ),
         helps=(
             "A larger model; less weight decay, dropout and augmentation; a better learning rate "
@@ -94,8 +105,9 @@ TEXTS = {
         ),
         recognised=(
             "Setelah 60 % dari pelatihan sedikitnya 12 epoch: akurasi di bawah 70 % pada gambar "
-            "latih bersih, kurang dari 5 poin di atas validasi, dan loss latih yang diam selagi "
-            "rate masih tinggi. Bila tidak ada yang dipelajari sama sekali, penyebabnya lain."
+            "latih bersih, di atas validasi kurang dari 5 poin atau dua galat baku, dan loss latih "
+            "yang turun kurang dari 1 % per epoch selagi rate masih tinggi. Bila tidak ada yang "
+            "dipelajari sama sekali, penyebabnya lain."
         ),
         helps=(
             "Model lebih besar; weight decay, dropout, dan augmentasi lebih kecil; learning rate "
