@@ -12,11 +12,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from models import build_model
 from train import checkpoint, evaluate, export, predict, run
 from train.cam import activation_maps, overlay
 from train.data.augment import MEAN, STD
 from train.predictor import load_trained, network
 from train.predictor import predict as predictions
+from train.record import read_json
 
 LABELS = ("blue", "green", "red")
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -56,6 +58,7 @@ def trained_run(photos, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAPIS_CACHE", str(tmp_path_factory.mktemp("cache")))
         words = ["--model", "micro_resnet", "--image-size", "32", "--epochs", "6", "--ema", "0"]
+        words += ["--val-scale", "1", "--no-flips", "--optimizer", "sgd", "--lr", "0.03"]
         words += ["--batch-size", "8", "--data", str(photos), "--out", str(out), "--amp", "off"]
         assert run.main(words) == 0
     return out
@@ -64,14 +67,14 @@ def trained_run(photos, tmp_path_factory) -> Path:
 def from_scratch(trained_run: Path, photo: Path) -> np.ndarray:
     """The probabilities, by torch and Pillow alone."""
     state = checkpoint.load(trained_run / "checkpoints" / "best.pt")
-    model = run.build_model("micro_resnet", 3).eval()
+    model = build_model("micro_resnet", 3).eval()
     model.load_state_dict(state["weights"])
     image = Image.open(photo).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
     stored = image.resize((37, 37), Image.Resampling.BICUBIC, box=box)  # 32 * 8 / 7
-    pixels = cv2.resize(np.asarray(stored), (32, 32), interpolation=cv2.INTER_AREA)
+    pixels = np.asarray(stored)[2:34, 2:34]  # 32 / 37 is the 7 / 8 of --val-crop
     values = (torch.from_numpy(pixels).double() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     with torch.inference_mode():
         logits = model(values.permute(2, 0, 1)[None].float()).double()
@@ -176,9 +179,10 @@ def test_foreign_missing_and_damaged_files_exit_4(name, trained_run, tmp_path, c
 def test_flips_average_the_mirrored_photo_in(trained_run, fresh_photos):
     trained = load_trained(trained_run, CPU, None)
     square = trained.square(lambda file, _: Image.open(file), str(fresh_photos / "red" / "1.png"))
-    both = trained.probabilities(trained.images([square, square[:, ::-1]]), flips=False)
-    flipped = trained.probabilities(trained.images([square]), flips=True)[0]
-    np.testing.assert_allclose(flipped, both.mean(axis=0), atol=1e-6)
+    both = trained.forward(trained.images([square, square[:, ::-1]]))
+    flipped = trained.probabilities(trained.images([square]), flips=True)
+    mean = (both.mean(0, keepdim=True) / trained.temperature).softmax(1)
+    np.testing.assert_allclose(flipped, mean, atol=1e-6)
 
 
 def test_order_does_not_depend_on_the_batch(trained_run, fresh_photos):
@@ -254,6 +258,31 @@ def test_evaluate_counts_and_names_the_twins(
     assert fresh["twins"]["accuracy_without"] == fresh["accuracy"]
 
 
+def test_evaluate_without_data_takes_the_photos_of_the_runs_validation(
+    trained_run, photos, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["--checkpoint", str(trained_run)]
+    assert evaluate.main([*words, "--json", "all.json"]) == 0
+    found = read_json(Path("all.json"))
+    split = list(csv.DictReader((trained_run / "split.csv").open()))
+    assert found["images"] == sum(row["split"] == "val" for row in split)
+    assert found["twins"]["images"] == 0
+    summary = read_json(trained_run / "summary.json")
+    assert found["accuracy"] == pytest.approx(summary["best_val_accuracy"])
+    said = capsys.readouterr().out
+    assert f"{photos.name}-validation: {found['images']} photos" in said
+    assert "the best epoch was chosen on these photos" in said
+
+    assert evaluate.main(["--checkpoint", str(trained_run / "checkpoints" / "best.pt")]) == 2
+    assert "give --data PATH" in capsys.readouterr().err
+    changed = shutil.copytree(trained_run, tmp_path / "changed")
+    table = (changed / "split.csv").read_text()
+    (changed / "split.csv").write_text(table.replace("train", "val", 1))
+    assert evaluate.main(["--checkpoint", str(changed)]) == 3
+    assert "a photo or its side differs" in capsys.readouterr().err
+
+
 def test_evaluate_finds_mirrored_twins_saved_again(trained_run, photos, tmp_path, capsys):
     split = list(csv.DictReader((trained_run / "split.csv").open()))
     files = [row for row in split if row["split"] == "train"][:9]
@@ -286,7 +315,7 @@ def test_evaluate_refuses_classes_it_does_not_know(trained_run, tmp_path, capsys
 def test_state_dict_is_torchvisions(tmp_path, trained_run):
     """A ResNet-18's export loads into torchvision's model and computes the same."""
     state = checkpoint.load(trained_run / "checkpoints" / "best.pt")
-    model = run.build_model("resnet18", 3)
+    model = build_model("resnet18", 3)
     state["weights"] = model.state_dict()
     state["config"]["model"]["model"] = "resnet18"
     checkpoint.save(tmp_path, {k: v for k, v in state.items() if k != "schema"}, best=True)
@@ -331,3 +360,49 @@ def test_export_refuses_a_foreign_ending(trained_run, tmp_path, capsys):
     words = ["--checkpoint", str(trained_run), "--format", "onnx", "--out", str(tmp_path / "m.pt")]
     assert export.main(words) == 2
     assert "ends in .onnx" in capsys.readouterr().err
+
+
+def test_a_run_is_used_as_it_was_validated(photos, tmp_path, monkeypatch, capsys):
+    """Size, mirror images and all: predicting its validation photos gives its own accuracy."""
+    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "cache"))
+    words = [
+        "--model",
+        "micro_resnet",
+        "--image-size",
+        "32",
+        "--val-scale",
+        "1.25",
+        "--val-crop",
+        "0.8",
+    ]
+    words += [
+        "--flips",
+        "--epochs",
+        "3",
+        "--batch-size",
+        "8",
+        "--data",
+        str(photos),
+        "--amp",
+        "off",
+    ]
+    assert run.main([*words, "--out", str(tmp_path / "run")]) == 0
+    trained = load_trained(tmp_path / "run", CPU, None)
+    assert trained.image_size == 40
+    with open(tmp_path / "run" / "split.csv") as file:
+        shown = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    names = [str(photos / row["filename"]) for row in shown]
+    found = list(predictions(trained, names, lambda file, _: Image.open(file).convert("RGB")))
+    mirrored = list(
+        predictions(trained, names, lambda file, _: Image.open(file).convert("RGB"), flips=False)
+    )
+    best = checkpoint.load(tmp_path / "run" / "checkpoints" / "best.pt")
+    record = best["history"][-1]
+    labels = [trained.classes.index(row["label"]) for row in shown]
+    chances = np.stack([one.probability for one in found])
+    right = (chances.argmax(1) == labels).mean()
+    assert right == pytest.approx(record["val_accuracy"])
+    logits = torch.from_numpy(np.log(chances) * trained.temperature)
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)).item()
+    assert loss == pytest.approx(record["val_loss"], rel=1e-4)
+    assert not np.allclose(chances, np.stack([one.probability for one in mirrored]), atol=1e-7)

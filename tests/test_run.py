@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from train import checkpoint, config, run
-from train.config import RECIPES, from_dict, to_dict
+from models import MODELS, build_model
+from train import checkpoint, config, flags, run
+from train.config import RECIPES, DataConfig, from_dict, to_dict
 from train.data import load_images, open_photos
 from train.data.loader import Loader
 from train.errors import CheckpointError
+from train.inputs import centres, evaluated, stored_size
+from train.record import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--model", "micro_resnet", "--image-size", "32", "--epochs", "2", "--threads", "2"]
@@ -51,7 +55,7 @@ def main(*argv: object) -> int:
 
 
 def read(path: Path):
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +76,10 @@ def test_run_folder_is_complete(finished):
         "summary.json",
         "batch.png",
         "curves.png",
+        "calibration.png",
         "confusion_matrix.png",
         "report.html",
+        "validation.csv",
         "split.csv",
         "checkpoints/last.pt",
         "checkpoints/previous.pt",
@@ -83,7 +89,7 @@ def test_run_folder_is_complete(finished):
 
 def test_summary_and_metrics(finished):
     summary = read(finished / "summary.json")
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = read_jsonl(finished / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 2]
     assert set(lines[0]) == {
         "epoch",
@@ -117,7 +123,7 @@ def test_split_keeps_copies_together(finished):
 
 def test_checkpoint_opens_without_pickle_and_holds_the_weights(finished):
     best = checkpoint.load(finished / "checkpoints" / "best.pt")
-    model = run.build_model("micro_resnet", 3)
+    model = build_model("micro_resnet", 3)
     model.load_state_dict(best["weights"])
     assert best["classes"] == ["class0", "class1", "class2"]
     assert from_dict(best["config"]).model.dropout == 0.2
@@ -127,7 +133,7 @@ def test_validation_is_that_of_the_kept_weights(finished, photos):
     """Recomputed from best.pt alone, the validation accuracy is the one of the summary."""
     best = checkpoint.load(finished / "checkpoints" / "best.pt")
     rows = [r for r in csv.DictReader((finished / "split.csv").open()) if r["split"] == "val"]
-    model = run.build_model("micro_resnet", 3).eval()
+    model = build_model("micro_resnet", 3).eval()
     model.load_state_dict(best["weights"])
     settings = from_dict(best["config"])
     pictures = open_photos(str(photos))
@@ -152,6 +158,8 @@ class Stop(Exception):
     [
         ["--augment", "heavy", "--sampler", "balanced", "--cutmix", "1", "--mixup", "0.2"],
         ["--recipe", "report", "--image-size", "32"],
+        ["--image-size", "80", "--start-scale", "0.5", "--val-scale", "1.2", "--flips"],
+        ["--freeze-epochs", "2"],
     ],
 )
 def test_resume_is_exact(photos, tmp_path, monkeypatch, extra, capsys):
@@ -252,7 +260,7 @@ def test_synthetic_is_the_default_source(tmp_path):
         (["--lr", "-1"], 2, "--lr must be 0 or more"),
         (["--val-fraction", "1.5"], 2, "--val-fraction"),
         (["--clip-grad", "-1"], 2, "--clip-grad must be 0 or more"),
-        (["--momentum", "0"], 2, "--no-nesterov"),
+        (["--optimizer", "sgd", "--momentum", "0"], 2, "--no-nesterov"),
         (["--model", "micro_plain", "--zero-init-residual"], 2, "leave it out"),
         (["--model", "micro_plain", "--preact"], 2, "--preact needs residual blocks"),
         (["--threads", "0"], 2, "--threads"),
@@ -261,6 +269,12 @@ def test_synthetic_is_the_default_source(tmp_path):
         (["--fold", "1"], 2, "--fold and --folds need each other"),
         (["--fold", "1", "--folds", "40"], 2, "--folds 14 can"),
         (["--cutmix", "-1"], 2, "--cutmix must be 0 or more"),
+        (["--start-scale", "2"], 2, "--start-scale must be above 0 and at most 1"),
+        (["--val-crop", "0"], 2, "--val-crop must be above 0 and at most 1, not 0"),
+        (["--val-scale", "0.1"], 2, "--val-scale times --image-size must be at least 8"),
+        (["--layer-decay", "0"], 2, "--layer-decay must be above 0"),
+        (["--freeze-epochs", "-1"], 2, "--freeze-epochs must be at least 0"),
+        (["--init-from", "/nowhere"], 4, "/nowhere does not exist"),
     ],
 )
 def test_bad_flags_end_with_one_sentence(flags, code, words, photos, tmp_path, capsys):
@@ -271,11 +285,27 @@ def test_bad_flags_end_with_one_sentence(flags, code, words, photos, tmp_path, c
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("flags", [["--model", "resnet35"], ["--lerning-rate", "1"]])
-def test_unknown_model_or_flag_is_a_usage_error(flags, capsys):
+def test_unknown_model_is_a_usage_error(capsys):
     with pytest.raises(SystemExit) as stop:
-        run.parse(flags)
+        run.parse(["--model", "resnet35"])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "cure"),
+    [
+        ("--lerning-rate", "did you mean --lr?"),
+        ("--lerning_rate=1", "did you mean --lr?"),
+        ("--batchsize", "did you mean --batch-size?"),
+        ("--no-docter", "did you mean --no-doctor?"),
+        ("--print-confg", "did you mean --print-config?"),
+        ("--zzzz", "--help names all"),
+        ("photos", "--help names all"),
+    ],
+)
+def test_an_unknown_flag_is_told_with_the_nearest(word, cure, capsys):
+    assert main(word, "1") == 2
+    assert capsys.readouterr().err == f"error: {word} is no flag: {cure}\n"
 
 
 def test_out_that_holds_a_run_is_refused(finished, photos, capsys):
@@ -349,6 +379,15 @@ def test_fused_announces_its_path_and_reason(photos, tmp_path, capsys):
     assert lines == [f"backend: {summary['backend']} ({summary['backend_reason']})"]
 
 
+def test_images_grow_in_three_parts_of_the_training():
+    scaled = ["--start-scale", "0.5", "--epochs", "7"]
+    parsed = run.parse([*scaled, "--image-size", "144"])
+    assert config.epoch_sizes(parsed) == (72, 72, 72, 108, 108, 144, 144)
+    assert config.epoch_sizes(run.parse([*scaled, "--image-size", "96"]))[::3] == (64, 80, 96)
+    assert config.epoch_sizes(run.parse([*scaled, "--image-size", "48"])) == (48,) * 7
+    assert run.parse(["--val-scale", "1.25", "--image-size", "128"]).data.evaluated_size == 160
+
+
 def test_config_survives_json():
     for recipe in RECIPES.values():
         assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
@@ -376,9 +415,112 @@ def test_help_names_every_flag_with_its_default():
     for group in config.Config.__dataclass_fields__.values():
         for field in group.default_factory.__dataclass_fields__:
             assert f"--{field.replace('_', '-')}" in text, field
+    assert "--config {None}|PATH" in text
+    assert "--print-config" in text
+    assert set(flags.ELSEWHERE.values()) <= {word.strip(",").lstrip("-") for word in text.split()}
+
+
+def printed(capsys, *argv) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        main(*argv, "--print-config")
+    assert stop.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_print_config_is_what_a_run_would_write(finished, photos, tmp_path, capsys):
+    held = read(finished / "config.json")
+    del held["command"]
+    flags = [*QUICK, "--data", photos, "--out", finished, "--dropout", "0.2"]
+    assert printed(capsys, *flags) == held
+    assert printed(capsys, "--recipe", "report") == to_dict(RECIPES["report"])
+    assert printed(capsys, "--resume", finished)["run"]["resume"] == str(finished)
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_takes_over_all_settings_but_the_folder(finished, photos, tmp_path, capsys):
+    file = finished / "config.json"
+    own = {"out": None, "resume": None}
+    held = from_dict(read(file))
+    expected = replace(held, run=replace(held.run, **own))
+    assert run.parse(["--config", str(file)]) == expected
+    report = tmp_path / "report.json"
+    report.write_text(
+        json.dumps(
+            printed(
+                capsys,
+                "--recipe",
+                "report",
+            )
+        )
+    )
+    parsed = run.parse([f"--config={report}", "--lr", "find", "--no-channels-last"])
+    assert parsed.run == replace(RECIPES["report"].run, channels_last=False)
+    assert parsed.optim == replace(RECIPES["report"].optim, lr="find")
+    out = tmp_path / "again"
+    assert main("--config", file, "--out", out, "--epochs", "1") == 0
+    ours = read(out / "config.json")
+    assert ours.pop("command") == f"python -m train.run --config {file} --out {out} --epochs 1"
+    optim = replace(held.optim, epochs=1)
+    assert from_dict(ours) == replace(held, optim=optim, run=replace(held.run, out=out))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "is no JSON (Expecting"),
+        ("[]", "it is no mapping of model, data, optim, run"),
+        ('{"optim": 3}', "it is no mapping of model, data, optim, run"),
+        ('{"optimiser": {}}', "it has the unknown field optimiser"),
+        ('{"optim": {"lerning_rate": 1}}', "it has the unknown field optim.lerning_rate"),
+        ('{"optim": {"epochs": "ten"}}', "optim has 'epochs': 'ten'"),
+        ('{"model": {"model": "resnet35"}}', "model has 'model': 'resnet35'"),
+        ('{"data": {"relabel": 5}}', "data has 'relabel': 5"),
+        ('{"optim": {"epochs": 0}}', "--epochs must be at least 1"),
+    ],
+)
+def test_a_config_that_is_none_ends_with_one_sentence(content, words, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    assert main("--config", file) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+
+
+def test_recipe_and_config_are_two_sets_of_defaults(finished, capsys):
+    assert main("--config", finished / "config.json", "--recipe", "report") == 2
+    assert "leave one out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not FOOD5.is_dir(), reason="the food5 photos are not here")
 def test_food5(tmp_path):
     assert main(*QUICK, "--epochs", "1", "--data", FOOD5, "--limit", "60", "--out", tmp_path) == 0
     assert read(tmp_path / "summary.json")["split"]["leaked_share"] == 0
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_fits_every_network(recipe):
+    for model in MODELS:
+        assert run.parse(["--recipe", recipe, "--model", model]).model.model == model
+
+
+@pytest.mark.parametrize(("size", "scale"), [(96, 4 / 3), (128, 1.0), (32, 1.0), (50, 1.1)])
+@pytest.mark.parametrize("crop", [0.6, 0.875, 1.0])
+@pytest.mark.parametrize("augment", ["none", "strong"])
+def test_validation_sees_the_centre_of_the_stored_square(size, scale, crop, augment):
+    data = DataConfig(image_size=size, val_scale=scale, val_crop=crop, augment=augment)
+    store = stored_size(data)
+    place = np.indices((store, store)).transpose(1, 2, 0).astype(np.uint8)
+    square = np.concatenate([place, np.zeros_like(place[..., :1])], axis=2)
+    centre = centres(square, data)
+    assert data.evaluated_size <= len(centre) <= store
+    assert len(centre) == pytest.approx(crop * store, abs=0.5)
+    first, last = centre[0, 0, :2], centre[-1, -1, :2]
+    assert set(first) == {(store - len(centre)) // 2}
+    assert set(last - first) == {len(centre) - 1}
+    assert evaluated(square, data).shape == (data.evaluated_size, data.evaluated_size, 3)
+    if store == round(data.evaluated_size / crop):  # no wider for the training's sake
+        assert np.array_equal(evaluated(square, data), centre)

@@ -5,13 +5,15 @@ whole configuration whose values explicit flags override.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models import MODELS, check_model
-from train.errors import UsageError
+from train.arguments import flowing
+from train.errors import CheckpointError, UsageError
 
+SMALLEST = 64  # pixels, of images that grow: under it too few details are left to learn from
 MADE_SPLITS = ("grouped", "random")  # by us; every other is read from a file
 ModelName = Literal[
     "plain18",
@@ -26,6 +28,7 @@ ModelName = Literal[
 assert set(ModelName.__args__) == set(MODELS)
 
 
+@flowing
 @dataclass(frozen=True)
 class ModelConfig:
     """What is trained."""
@@ -62,6 +65,7 @@ class ModelConfig:
     last convolution."""
 
 
+@flowing
 @dataclass(frozen=True)
 class DataConfig:
     """What it is trained on."""
@@ -70,7 +74,7 @@ class DataConfig:
     """A folder with train.csv + train/, a folder per class, food101:PATH, shards:PATTERN (tar
     files), or synthetic."""
     classes: tuple[str, ...] = ()
-    """Use only these classes, in this order (default: all, sorted)."""
+    """Use only these classes, in this order; none named is all, sorted."""
     relabel: Path | None = None
     """A reviewed CSV of filename,label, such as the suspects.csv of train.data.check --labels: its
     labels count instead of the data's, an empty one drops the photo."""
@@ -91,8 +95,20 @@ class DataConfig:
     accept_leak: bool = False
     """A given split may have the same picture in train and validation; without this it is a
     problem."""
-    image_size: int = 112
+    image_size: int = 96
     """Height and width of the training images in pixels."""
+    start_scale: float = 0.5
+    """Size of the first third of the epochs, of --image-size, but no less than 64 px; the second
+    third is half-way. Small images cost less, and early steps learn nothing that needs large ones
+    (Tan and Le 2021)."""
+    val_scale: float = 4 / 3
+    """Size at which the network is validated and predicts, of --image-size. Above 1 it shows things
+    as large as the crops of the training do (Touvron et al. 2019); multiples of 32 px do best."""
+    val_crop: float = 0.875
+    """Side of the centre at which the network is validated and predicts, of the side of a photo's
+    centre square: crops of the training show things as large. 1 takes the whole square."""
+    flips: bool = True
+    """Validate and predict with the mean of the logits of a photo and its mirror image."""
     augment: Literal["none", "light", "strong", "heavy"] = "strong"
     """light: mild crops and flips; strong: also rotation, colour and smaller crops; heavy: more of
     it, two random operations (as RandAugment) and random erasing."""
@@ -104,28 +120,37 @@ class DataConfig:
     sampler: Literal["random", "balanced"] = "random"
     """random shows every training photo once an epoch; balanced shows every class equally often."""
     workers: int | None = None
-    """Threads that prepare batches ahead (default: 1 on a CPU, up to 8 for a GPU)."""
+    """Threads that prepare batches ahead; None is 1 on a CPU and up to 8 for a GPU."""
+
+    @property
+    def evaluated_size(self) -> int:
+        """Height and width at which the network is validated and predicts, in pixels."""
+        return round(self.val_scale * self.image_size)
 
 
+@flowing
 @dataclass(frozen=True)
 class OptimConfig:
     """How it is trained."""
 
-    epochs: int = 20
+    epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 32
-    """Training images a step."""
+    """Training images a step, on all processes together."""
     val_batch_size: int = 64
-    """Validation images a step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer."""
-    lr: float | Literal["find"] = 0.03
+    """Validation images a step, on all processes together."""
+    accumulate: int = 1
+    """Parts in which a batch goes through the network one after the other, to save memory; batch
+    normalisation sees one part at a time."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """Rule that changes the weights."""
+    lr: float | Literal["find"] = 1e-3
     """Learning rate; the peak of a schedule that moves. find looks for it with a range test."""
     momentum: float = 0.9
     """Momentum of SGD."""
     nesterov: bool = True
     """Nesterov momentum for SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: float = 0.05
     """Weight decay, on convolution and linear weights only."""
     schedule: Literal["constant", "step", "cosine", "onecycle", "cyclic"] = "onecycle"
     """Learning rate over time; step divides by 10 at 60 % and 85 %, cyclic makes 4 triangles."""
@@ -137,18 +162,33 @@ class OptimConfig:
     """Most the norm of all gradients together may be before they are scaled down; 0 is off."""
     ema: float = 0.995
     """Decay of the moving average of the weights that is evaluated and kept; 0 is off."""
+    pretrained: bool = False
+    """Start from torchvision's ImageNet weights, downloaded once; the last layer starts anew."""
+    init_from: Path | None = None
+    """Start from the weights of this run folder, checkpoint, .safetensors or .pth file; the last
+    layer starts anew where the classes differ."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each stage of the network to the one before it: 0.5 changes
+    early layers, which know the most general things, least."""
+    freeze_epochs: int = 0
+    """First epochs in which only the last layer is trained and the others stay as they are."""
+    sync_bn: bool = False
+    """Under torchrun, normalise over the images of all processes instead of over each one's own;
+    eager backend only."""
 
 
+@flowing
 @dataclass(frozen=True)
 class RunConfig:
     """How and where it runs."""
 
-    recipe: Literal["default", "report"] = "default"
-    """Set of defaults; report is Table 1 of the course report."""
+    recipe: Literal["default", "best", "report"] = "default"
+    """Set of defaults; best is for the highest accuracy, report is Table 1 of the course report."""
     fused: bool = False
     """Fused kernels where they can run: the same as --backend auto."""
     backend: Literal["eager", "auto", "compile", "triton"] | None = None
-    """eager (default), auto, compile or triton; triton and compile stop when they cannot run."""
+    """Who computes; None is eager. auto takes what can run here and pays, and says why; triton and
+    compile stop when they cannot run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU when there is one."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
@@ -156,17 +196,23 @@ class RunConfig:
     channels_last: bool = True
     """NHWC memory layout."""
     threads: int | None = None
-    """CPU threads (default: one a core)."""
+    """CPU threads; None is one a core."""
     seed: int = 0
     """Seed of weights, split, order and augmentation."""
     deterministic: bool = False
     """Bit-equal runs on the same device, slower."""
     doctor: bool = True
     """Watch the training and say what goes wrong, in at most 2 % of its time."""
+    auto_batch: bool = False
+    """The largest batch that memory allows and that leaves an epoch 8 steps, with the learning rate
+    that goes with it: the root of its growth for AdamW, its growth for SGD. A --batch-size that
+    does not fit goes in parts."""
     steps_per_checkpoint: int = 0
     """Training steps from one checkpoint to the next; 0 saves after each epoch only."""
+    tensorboard: bool = False
+    """Write the curves for TensorBoard too, into the folder tensorboard of the run."""
     out: Path | None = None
-    """Run folder (default: runs/<date>-<model>-NNN)."""
+    """Run folder; None is runs/<date>-<model>-NNN."""
     resume: Path | None = None
     """Continue the run in this folder exactly where it stopped."""
     debug: bool = False
@@ -188,7 +234,9 @@ DEFAULT = Config()
 # Table 1 of the course report: plain SGD, no augmentation, 224 px; whatever it does not name is
 # off.
 REPORT = Config(
-    data=DataConfig(image_size=224, augment="none", mixup=0.0),
+    data=DataConfig(
+        image_size=224, start_scale=1.0, val_scale=1.0, val_crop=1.0, flips=False, augment="none"
+    ),
     optim=OptimConfig(
         epochs=8,
         batch_size=32,
@@ -205,7 +253,32 @@ REPORT = Config(
     run=RunConfig(recipe="report"),
 )
 
-RECIPES: dict[str, Config] = {"default": DEFAULT, "report": REPORT}
+# For the highest accuracy from scratch on a thousand photos, in half an hour on two Zen 4 cores;
+# docs/recipes.md says what each ingredient brings.
+BEST = Config(
+    model=ModelConfig(stem="deep", se=True, shortcut="avgpool"),
+    data=DataConfig(image_size=128, val_scale=1.0, mixup=0.2, cutmix=1.0),
+    optim=OptimConfig(epochs=120, ema=0.998),
+    run=RunConfig(recipe="best"),
+)
+
+RECIPES: dict[str, Config] = {"default": DEFAULT, "best": BEST, "report": REPORT}
+
+
+def recipe_of(name: str, model: str) -> Config:
+    """A recipe for a network of `MODELS`: a plain one has no shortcuts to change."""
+    config = RECIPES[name]
+    if MODELS[model][0].adds:
+        return config
+    return replace(config, model=replace(config.model, shortcut="conv"))
+
+
+def epoch_sizes(config: Config) -> tuple[int, ...]:
+    """Height and width of the training images in each epoch, in pixels."""
+    last, epochs = config.data.image_size, config.optim.epochs
+    first = max(round(config.data.start_scale * last), min(last, SMALLEST))
+    stages = (first, (first + last) // 2, last)
+    return tuple(stages[3 * epoch // epochs] for epoch in range(epochs))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -213,21 +286,48 @@ def to_dict(config: Config) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The configuration `to_dict` wrote. Raises KeyError or TypeError for fields that do not
-    exist."""
+def from_dict(values: Any, origin: object = "the file") -> Config:
+    """The configuration `to_dict` wrote, a field that is missing at its default. Raises
+    CheckpointError, naming `origin`, for fields and values that do not exist."""
+
+    def foreign(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{origin} holds a configuration of another version, or a damaged one ({what}): use "
+            "the version that wrote it"
+        )
+
     groups = {}
     for group in dataclasses.fields(Config):
         cls = group.default_factory
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        given = dict(values[group.name])
-        for name in ("out", "resume", "relabel"):
-            if name in known and given.get(name) is not None:
-                given[name] = Path(given[name])
-        if "classes" in given:
-            given["classes"] = tuple(given["classes"])
-        groups[group.name] = cls(**given)
+        given = values.get(group.name) if isinstance(values, dict) else None
+        if not isinstance(given, dict):
+            raise foreign(f"{group.name} is missing")
+        hints, fields = get_type_hints(cls), {}
+        for name, value in given.items():
+            if name not in hints or not _fits(value, hints[name]):
+                raise foreign(f"{group.name} has {name!r}: {value!r}"[:200])
+            fields[name] = _as_field(value, hints[name])
+        groups[group.name] = cls(**fields)
     return Config(**groups)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is one of a field's type."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    if get_args(hint):  # a union
+        return any(_fits(value, one) for one in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is (str if hint is Path else hint)
+
+
+def _as_field(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
 
 
 def requested_backend(config: Config) -> str:
@@ -244,7 +344,10 @@ def check(config: Config) -> None:
         ("--epochs", optim.epochs, 1),
         ("--batch-size", optim.batch_size, 1),
         ("--val-batch-size", optim.val_batch_size, 1),
+        ("--accumulate", optim.accumulate, 1),
         ("--image-size", config.data.image_size, 8),
+        ("--val-scale times --image-size", config.data.evaluated_size, 8),
+        ("--freeze-epochs", optim.freeze_epochs, 0),
         ("--steps-per-checkpoint", config.run.steps_per_checkpoint, 0),
     ):
         if value < least:
@@ -263,7 +366,24 @@ def check(config: Config) -> None:
         if not 0 <= value < (most or float("inf")):
             limit = f"in [0, {most})" if most else "0 or more"
             raise UsageError(f"{flag} must be {limit}, not {value}")
+    if not 0 < config.data.start_scale <= 1:
+        raise UsageError(
+            f"--start-scale must be above 0 and at most 1, not {config.data.start_scale}"
+        )
+    if not 0 < config.data.val_crop <= 1:
+        raise UsageError(f"--val-crop must be above 0 and at most 1, not {config.data.val_crop}")
     _check_split(config.data)
+    if not 0 < optim.layer_decay <= 1:
+        raise UsageError(f"--layer-decay must be above 0 and at most 1, not {optim.layer_decay}")
+    if config.run.auto_batch and optim.accumulate > 1:
+        raise UsageError("--auto-batch chooses --accumulate, too: leave one of the two out")
+    if optim.pretrained and optim.init_from is not None:
+        raise UsageError("--pretrained and --init-from are two beginnings: leave one out")
+    if optim.sync_bn and config.model.norm != "batch":
+        raise UsageError(
+            f"--sync-bn has no effect with --norm {config.model.norm}, which knows no batch: leave "
+            "it out"
+        )
     if optim.optimizer == "sgd" and optim.nesterov and not optim.momentum:
         raise UsageError("--nesterov needs --momentum above 0: add --momentum 0.9 or --no-nesterov")
     options = dict(vars(config.model))

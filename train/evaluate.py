@@ -1,5 +1,5 @@
 """How good a trained network is on labelled photos: `python -m train.evaluate --checkpoint RUN
---data PATH`.
+--data PATH`; without --data, on those the run was validated on.
 
 Prints accuracy with its interval and a line a class, and writes a page with the confusion matrix,
 the calibration curve and the worst mistakes. Photos with a twin among those the network was trained
@@ -12,25 +12,25 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.arguments import Parser
 from train.command import run_command
 from train.data import open_photos
+from train.data.findings import counted
 from train.errors import DataError
 from train.evaluate_page import write_page
-from train.evaluation import Evaluation, evaluate
+from train.evaluation import Evaluation, evaluate, validation_photos
 from train.files import unwritable, write_atomically
 from train.predict import STDOUT, add_model_arguments, trained_from
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate as the flags say; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate", description=__doc__, allow_abbrev=False
-    )
+    parser = Parser("train.evaluate", __doc__)
     add_model_arguments(parser)
     parser.add_argument(
         "--data",
-        required=True,
-        help="a folder with train.csv + train/, a folder per class, food101:PATH or synthetic",
+        help="a folder with train.csv + train/, a folder per class, food101:PATH or synthetic "
+        "(default: the photos on which the run in the folder --checkpoint was validated)",
     )
     parser.add_argument(
         "--json",
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> Evaluation:
     """Evaluate, print, and write the page. Raises DataError where files were skipped."""
     trained = trained_from(arguments)
-    photos = open_photos(arguments.data)
+    own = arguments.data is None
+    photos = validation_photos(arguments.checkpoint) if own else open_photos(arguments.data)
     out = arguments.out or Path("runs") / f"evaluate-{photos.name}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> Evaluation:
     found = evaluate(trained, photos, batch_size=arguments.batch_size, flips=arguments.flips)
     if arguments.json != STDOUT:
         print(table(found))
+        if own:
+            print("the best epoch was chosen on these photos: fresh ones may do a little worse")
     if arguments.json is not None:
         text = json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
         if arguments.json == STDOUT:
@@ -74,7 +77,7 @@ def run(arguments: argparse.Namespace) -> Evaluation:
     if found.skipped:
         file, reason = found.skipped[0]
         raise DataError(
-            f"{len(found.skipped)} files were skipped (first {file}: {reason}): "
+            f"{counted(len(found.skipped), 'file')} skipped (first {file}: {reason}): "
             "replace or leave them out"
         )
     return found

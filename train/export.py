@@ -1,7 +1,8 @@
 """A trained network for other programs: `python -m train.export --checkpoint RUN --format onnx`.
 
     state_dict    torch.save of torchvision's keys and tensors: load it into torchvision's model
-    safetensors   the same tensors; classes, configuration and temperature as metadata
+    safetensors   the same tensors; classes, configuration, temperature and a SHA-256 of all this
+                  as metadata
     onnx          the network with BatchNorm folded in, for any batch size
     program       a torch.export program (.pt2), for any batch size
 
@@ -15,6 +16,7 @@ import io
 import json
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,14 @@ from torch import Tensor, nn
 
 from models import folded
 from train import checkpoint
+from train.arguments import Parser
 from train.command import run_command
-from train.config import Config, from_dict, to_dict
+from train.config import Config, to_dict
 from train.data.augment import MEAN, STD
 from train.errors import NumericError, UsageError
 from train.files import write_atomically
-from train.inputs import stored_size
-from train.predictor import network, weights_file
+from train.inputs import centre_of, stored_size
+from train.predictor import described, digest_of, network, weights_file
 
 TOLERANCE = 1e-4  # of logits, between the network and its ONNX program
 
@@ -47,14 +50,16 @@ class Source:
     def metadata(self) -> dict[str, str]:
         """What a file says of itself: JSON under each key."""
         data = self.config.data
+        side = stored_size(data)
+        first, last = centre_of(side, data)
         values = {
             "classes": self.classes,
             "config": to_dict(self.config),
             "temperature": self.temperature,
             "preprocessing": {
-                "resize_shorter_side": stored_size(data),
-                "centre_square": True,
-                "image_size": data.image_size,
+                "resize_shorter_side": side,
+                "centre_crop": last - first,
+                "image_size": data.evaluated_size,
                 "mean": MEAN,
                 "std": STD,
             },
@@ -63,7 +68,7 @@ class Source:
 
     def example(self, batch: int) -> Tensor:
         """Random images for tracing and checking."""
-        size = self.config.data.image_size
+        size = self.config.data.evaluated_size
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, 3, size, size, generator=generator)
 
@@ -78,7 +83,9 @@ def export_safetensors(source: Source, out: Path) -> None:
     from safetensors.torch import save
 
     tensors = {name: value.contiguous() for name, value in source.model.state_dict().items()}
-    write_atomically(out, save(tensors, source.metadata()))
+    metadata = source.metadata()
+    metadata["sha256"] = digest_of(tensors, metadata)
+    write_atomically(out, save(tensors, metadata))
 
 
 def export_onnx(source: Source, out: Path) -> None:
@@ -91,8 +98,9 @@ def export_onnx(source: Source, out: Path) -> None:
         raise UsageError(
             f"--format onnx needs {error.name}: pip install -e '.[onnx]' -c constraints.txt"
         ) from None
-    model = folded(source.model, source.config.data.image_size)
-    with tempfile.TemporaryDirectory() as folder:
+    model = folded(source.model, source.config.data.evaluated_size)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's, of its own exporter
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             model,
@@ -139,12 +147,7 @@ FORMATS: dict[str, tuple[str, Callable[[Source, Path], None]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export as the flags say; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("train.export", __doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,
@@ -152,7 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RUN_OR_FILE",
         help="run folder or checkpoint",
     )
-    parser.add_argument("--format", choices=tuple(FORMATS), default="safetensors")
+    parser.add_argument(
+        "--format",
+        choices=tuple(FORMATS),
+        default="safetensors",
+        help="what to write (default: %(default)s)",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: model.* in the run folder"
     )
@@ -176,10 +184,11 @@ def run(arguments: argparse.Namespace) -> Path:
 
 def load_source(path: Path) -> Source:
     """What a run folder or checkpoint holds. Raises CheckpointError."""
-    state = checkpoint.load(weights_file(path))
-    config = from_dict(state["config"])
-    model = network(config, len(state["classes"]), state["weights"], path)
-    return Source(model, config, tuple(state["classes"]), state["temperature"])
+    path = weights_file(path)
+    state = checkpoint.load(path)
+    config, classes, temperature = described(state, path)
+    model = network(config, len(classes), state.get("weights"), path)
+    return Source(model, config, classes, temperature)
 
 
 if __name__ == "__main__":

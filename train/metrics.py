@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -49,6 +49,15 @@ def wilson(successes: float, trials: float) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def share_interval(hits: np.ndarray, pictures: np.ndarray, among: np.ndarray) -> Interval | None:
+    """Wilson's interval of the share of bool `hits` [N] within bool `among` [N], with as many
+    trials as there are different `pictures` [N] in it; None where it is empty."""
+    if not among.any():
+        return None
+    trials = len(np.unique(pictures[among]))
+    return wilson(float(hits[among].mean()) * trials, trials)
+
+
 def auc_interval(auc: float, positives: int, negatives: int) -> Interval:
     """The 95 % interval of an area under the ROC curve (Hanley and McNeil 1982), within 0..1."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
@@ -59,15 +68,19 @@ def auc_interval(auc: float, positives: int, negatives: int) -> Interval:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class against the rest; None where it does not exist: precision without predictions,
-    recall without photos, the area under the ROC curve without positives or negatives."""
+    """One class against the rest, each with its 95 % interval; None where it does not exist:
+    precision without predictions, recall without photos, the area under the ROC curve without
+    positives or negatives, or where only counts are known."""
 
     images: int
     precision: float | None
     recall: float | None
     f1: float | None
     auc: float | None
-    auc_interval: Interval | None
+    precision_interval: Interval | None = None
+    recall_interval: Interval | None = None
+    f1_interval: Interval | None = None
+    auc_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -94,58 +107,86 @@ class Scores:
     calibration_error: float
 
 
-def score(probability: np.ndarray, labels: np.ndarray) -> Scores:
+def score(
+    probability: np.ndarray, labels: np.ndarray, pictures: np.ndarray | None = None
+) -> Scores:
     """Scores of `probability` [N, K] for the true classes `labels` int64 [N], N > 0.
 
-    calibration_error: the mean distance of confidence and accuracy over ten bins, weighed by their
-    images (Naeini et al. 2015). A class without predictions or photos counts 0 in macro_f1.
+    pictures: [N], equal for photos of one picture, of which the intervals count one; by default all
+    differ. A class without predictions or photos counts 0 in macro_f1.
     """
     n, classes = probability.shape
+    pictures = np.arange(n) if pictures is None else pictures
     predicted = probability.argmax(axis=1)
     confusion = np.bincount(labels * classes + predicted, minlength=classes**2)
     confusion = confusion.reshape(classes, classes)
-    right = int(np.trace(confusion))
-    per_class = tuple(_class_score(probability, labels, confusion, k) for k in range(classes))
-    bins = _bins(probability.max(axis=1), predicted == labels)
+    right, everything = predicted == labels, np.ones(n, bool)
+    per_class = tuple(
+        _class_score(probability[:, k], labels == k, predicted == k, pictures)
+        for k in range(classes)
+    )
+    bins, error = calibration(probability, labels)
     return Scores(
         images=n,
-        accuracy=right / n,
-        accuracy_interval=wilson(right, n),
+        accuracy=float(right.mean()),
+        accuracy_interval=share_interval(right, pictures, everything),
         loss=float(-np.log(probability[np.arange(n), labels].clip(1e-30)).mean()),
         macro_f1=float(np.mean([one.f1 or 0.0 for one in per_class])),
         confusion=confusion,
         per_class=per_class,
         calibration=bins,
-        calibration_error=sum(b.images * abs(b.confidence - b.accuracy) for b in bins) / n,
+        calibration_error=error,
+    )
+
+
+def count_scores(confusion: np.ndarray) -> tuple[ClassScore, ...]:
+    """What counts [true class, predicted class] alone say of each class, without intervals."""
+    columns = zip(confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0), strict=True)
+    return tuple(_counted(*map(int, column)) for column in columns)
+
+
+def _counted(hits: int, images: int, predicted: int) -> ClassScore:
+    return ClassScore(
+        images=images,
+        precision=hits / predicted if predicted else None,
+        recall=hits / images if images else None,
+        f1=2 * hits / (images + predicted) if images + predicted else None,
+        auc=None,
     )
 
 
 def _class_score(
-    probability: np.ndarray, labels: np.ndarray, confusion: np.ndarray, k: int
+    probability: np.ndarray, true: np.ndarray, named: np.ndarray, pictures: np.ndarray
 ) -> ClassScore:
-    hits, images, predicted = confusion[k, k], confusion[k].sum(), confusion[:, k].sum()
-    others = len(labels) - images
-    auc = None
-    if images and others:
-        auc = float(roc_auc_score(labels == k, probability[:, k]))
-    return ClassScore(
-        images=int(images),
-        precision=float(hits / predicted) if predicted else None,
-        recall=float(hits / images) if images else None,
-        f1=float(2 * hits / (images + predicted)) if images + predicted else None,
-        auc=auc,
-        auc_interval=None if auc is None else auc_interval(auc, int(images), int(others)),
-    )
+    """probability [N] of the class; bool [N]: it is the class, it was named; pictures [N]."""
+    hits = true & named
+    values = {
+        "precision_interval": share_interval(hits, pictures, named),
+        "recall_interval": share_interval(hits, pictures, true),
+    }
+    # F1 = 2 J / (1 + J) grows with J, the share of hits among photos of the class or named so
+    if jaccard := share_interval(hits, pictures, true | named):
+        values["f1_interval"] = tuple(2 * bound / (1 + bound) for bound in jaccard)
+    if true.any() and not true.all():
+        values["auc"] = float(roc_auc_score(true, probability))
+        counts = (len(np.unique(pictures[side])) for side in (true, ~true))
+        values["auc_interval"] = auc_interval(values["auc"], *counts)
+    return replace(_counted(int(hits.sum()), int(true.sum()), int(named.sum())), **values)
 
 
-def _bins(confidence: np.ndarray, right: np.ndarray) -> tuple[Bin, ...]:
+def calibration(probability: np.ndarray, labels: np.ndarray) -> tuple[tuple[Bin, ...], float]:
+    """The bins of the calibration curve, those that hold predictions, and the expected calibration
+    error: the mean distance of confidence and accuracy over them, weighed by their images (Naeini
+    et al. 2015). probability [N, K], labels int64 [N]."""
+    confidence, right = probability.max(axis=1), probability.argmax(axis=1) == labels
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
     chosen = (place == number for number in range(BINS))
-    return tuple(
+    bins = tuple(
         Bin(int(mask.sum()), float(confidence[mask].mean()), float(right[mask].mean()))
         for mask in chosen
         if mask.any()
     )
+    return bins, sum(b.images * abs(b.confidence - b.accuracy) for b in bins) / len(labels)
 
 
 def as_json(scores: Scores, classes: Sequence[str]) -> dict[str, object]:

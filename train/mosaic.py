@@ -26,10 +26,11 @@ def first_batch(
     loader: Loader | ResidentLoader, training: Training
 ) -> tuple[Batch, Batch | None, float]:
     """What the first step of a run sees of its first images, at most COLUMNS * ROWS: the batch
-    after augmentation and mixing, those mixed into it, and the share that each image keeps."""
+    after augmentation and mixing, those mixed into it, and the share that each image keeps. Of
+    several processes' shares it is the first one's."""
     rows = loader.rows(1)
     numbers = loader.view_numbers(rows)
-    _, size = loader.bounds[0]
+    _, size = loader.shares[0]
     shown = np.arange(min(size, COLUMNS * ROWS))
     batch = loader.batch(rows[shown], numbers[shown], 1)
     mixing = training.mixing(size, 1, 1)

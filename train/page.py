@@ -148,6 +148,11 @@ class Page:
         return f'<nav aria-label="Contents">{" ".join(links)}</nav>'
 
 
+def percent(share: float) -> str:
+    """A fraction 0..1 as a percentage with one decimal; the sign never starts a line."""
+    return f"{100 * share:.1f}\u00a0%"
+
+
 def escape(text: object) -> str:
     """`text` as HTML text or attribute; undecodable bytes of a file name become `?`."""
     clean = str(text).encode("utf-8", "replace").decode("utf-8").replace("\0", "?")

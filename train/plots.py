@@ -18,6 +18,9 @@ from train.metrics import Bin
 
 INK, SOFT, GRID = "#23211d", "#6b665c", "#e4e0d6"
 TRAIN, VALIDATION = "#c8672b", "#22578f"  # told apart by colour-blind readers and in grey
+# of several networks, told apart by colour-blind readers (Okabe and Ito); dashes tell the rest
+COLOURS = (VALIDATION, TRAIN, "#2f7d55", "#8a2f5a", "#7a6a1f", "#5b5b5b")
+DASHES = ("-", "--", ":", "-.")
 MANY_CLASSES = 30  # from here on cells shrink, zeros stay empty and the resolution drops
 
 
@@ -51,6 +54,35 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
             epochs[best], val_accuracy[best], "o", ms=9, mfc="none", mec=VALIDATION, mew=1.2
         )
     _draw_monitor(monitor, epochs, train_loss - val_loss, train_accuracy - val_accuracy)
+    _save(figure, path, dpi=192)
+
+
+def plot_runs(histories: Mapping[str, Sequence[Mapping[str, float | None]]], path: Path) -> None:
+    """Draw loss and accuracy of several runs by epoch: a colour a run, in training thin.
+
+    histories: {name: a mapping an epoch, as for `plot_curves`}.
+    """
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained", facecolor="white")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, title, name, scale in (
+        (loss, "Loss, in training thin", "loss", 1),
+        (accuracy, "Accuracy (%), in training thin", "accuracy", 100),
+    ):
+        style_axes(axes, title)
+        for number, (label, history) in enumerate(histories.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            dash = DASHES[number // len(COLOURS) % len(DASHES)]
+            epochs = _series(history, "epoch")
+            for side, width, alpha in (("train", 0.9, 0.65), ("val", 1.9, 1)):
+                values = scale * _series(history, f"{side}_{name}")
+                (line,) = axes.plot(epochs, values, dash, color=colour, lw=width, alpha=alpha)
+                if np.isfinite(values).sum() == 1:
+                    line.set_marker("o")
+            line.set_label(label)
+    if histories:
+        legend = accuracy.legend(frameon=False, fontsize=8, labelcolor=INK)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     _save(figure, path, dpi=192)
 
 

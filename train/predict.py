@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from train.arguments import Parser
 from train.cam import activation_maps, overlay
 from train.command import run_command
+from train.data.findings import counted
 from train.data.photos import decode, photo_files
 from train.environment import choose_amp, choose_device, set_threads
 from train.errors import DataError, UsageError
@@ -40,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.predict", description=__doc__, allow_abbrev=False
+    parser = Parser("train.predict", __doc__)
+    parser.add_argument(
+        "photos", nargs="*", metavar="IMAGE_OR_FOLDER", help="photos, and folders that are searched"
     )
-    parser.add_argument("photos", nargs="*", metavar="IMAGE_OR_FOLDER")
     add_model_arguments(parser)
     for kind in ("csv", "json"):
         parser.add_argument(
@@ -74,12 +76,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folder, checkpoint, or a .safetensors or .onnx file of train.export",
     )
     parser.add_argument(
-        "--flips", action="store_true", help="average in the mirrored photo: better, half as fast"
+        "--flips",
+        action=argparse.BooleanOptionalAction,
+        help="the mirrored photo counts too, or not (default: as the run was validated)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="photos a step (default: 32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="precision"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run; auto takes the GPU when there is one",
+    )
+    parser.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="mixed precision; auto is bf16 where the machine has it in hardware",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: one a core)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -213,10 +225,13 @@ def _write(target: str, text: str) -> None:
 def _report(count: int, seconds: float, lost: Sequence[tuple[str, str]]) -> None:
     for path, reason in lost[:20]:
         print(f"skipped {path}: {reason}", file=sys.stderr)
-    print(f"{count} photos in {seconds:.1f} s, {count / seconds:.1f} images/s", file=sys.stderr)
+    print(
+        f"{counted(count, 'photo')} in {seconds:.1f} s, {count / seconds:.1f} images/s",
+        file=sys.stderr,
+    )
     if lost:
         raise DataError(
-            f"{len(lost)} of {count + len(lost)} files were skipped (first {lost[0][0]}: "
+            f"skipped {len(lost)} of {counted(count + len(lost), 'file')} (first {lost[0][0]}: "
             f"{lost[0][1]}): replace or leave them out"
         )
 

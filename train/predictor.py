@@ -4,9 +4,10 @@ It is read from a run folder, a checkpoint, or a file of `train.export`; photos 
 validation photos of its run were.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,17 +23,16 @@ import kernels
 from models import build_model, folded, set_backend
 from train import checkpoint
 from train.config import Config, from_dict
-from train.data.augment import augment_batch
 from train.data.cache import square
 from train.data.duplicates import in_order
 from train.data.loader import normalisation_table, normalise
 from train.data.photos import UnreadablePhoto
-from train.errors import CheckpointError, DataError, UsageError
-from train.inputs import stored_size
+from train.errors import FOREIGN, CheckpointError, DataError, UsageError
+from train.inputs import evaluated, stored_size
+from train.loop import logits_of
 from train.metrics import probabilities
 
 FILE_KEYS = ("classes", "config", "temperature")  # what an exported file says of itself
-READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 # (name, shorter side wanted) -> upright RGB picture; raises UnreadablePhoto, as `Photos.load` does
 Load = Callable[[str, int], Image.Image]
@@ -62,13 +62,12 @@ class Trained:
     @property
     def image_size(self) -> int:
         """Height and width of what the network sees, in pixels."""
-        return self.config.data.image_size
+        return self.config.data.evaluated_size
 
     def square(self, load: Load, name: str) -> np.ndarray:
         """The photo's centre square: uint8 [image_size, image_size, 3]. Raises what `load` does."""
         store = stored_size(self.config.data)
-        stored = square(load(name, store), store)
-        return augment_batch([stored], np.zeros(1, np.int64), 0, 0, "none", self.image_size)[0]
+        return evaluated(square(load(name, store), store), self.config.data)
 
     def images(self, squares: Sequence[np.ndarray]) -> Tensor:
         """The squares as the network takes them, normalised: [N, 3, S, S]."""
@@ -77,12 +76,9 @@ class Trained:
         return images.to(self.device, non_blocking=True)
 
     def probabilities(self, images: Tensor, flips: bool) -> np.ndarray:
-        """Probabilities [N, K]; `flips` averages those of the mirrored images in."""
-        found = probabilities(self.forward(images).cpu().numpy(), self.temperature)
-        if flips:
-            mirrored = self.forward(images.flip(3)).cpu().numpy()
-            found = (found + probabilities(mirrored, self.temperature)) / 2
-        return found
+        """Probabilities [N, K]; `flips` takes the mean of the logits of the mirrored images in."""
+        logits = logits_of(self.forward, images, flips)
+        return probabilities(logits.cpu().numpy(), self.temperature)
 
 
 def load_trained(path: Path, device: torch.device, amp_dtype: torch.dtype | None) -> Trained:
@@ -97,15 +93,16 @@ def load_trained(path: Path, device: torch.device, amp_dtype: torch.dtype | None
     if path.suffix == ".safetensors":
         weights, facts = _read_safetensors(path)
     else:
-        state = checkpoint.load(weights_file(path))
-        weights, facts = state["weights"], state
-    config = from_dict(facts["config"])
-    model = network(config, len(facts["classes"]), weights, path)
-    forward, dtype, model = _for_inference(model, config.data.image_size, device, amp_dtype)
+        path = weights_file(path)
+        state = checkpoint.load(path)
+        weights, facts = state.get("weights"), state
+    config, classes, temperature = described(facts, path)
+    model = network(config, len(classes), weights, path)
+    forward, dtype, model = _for_inference(model, config.data.evaluated_size, device, amp_dtype)
     return Trained(
-        tuple(facts["classes"]),
+        classes,
         config,
-        facts.get("temperature", 1.0),
+        temperature,
         forward,
         dtype,
         device,
@@ -123,13 +120,28 @@ def weights_file(path: Path) -> Path:
     return best if best.exists() else folder / "last.pt"
 
 
-def network(config: Config, classes: int, weights: dict[str, Tensor], path: Path) -> nn.Module:
-    """The network of `config` with `weights`, in float32 on the CPU. Raises CheckpointError."""
+def described(facts: Mapping[str, Any], path: Path) -> tuple[Config, tuple[str, ...], float]:
+    """Configuration, classes and temperature of a network, as the file at `path` tells them.
+    Raises CheckpointError."""
+    config, classes = from_dict(facts.get("config"), path), facts.get("classes")
+    if not isinstance(classes, list | tuple) or not all(isinstance(one, str) for one in classes):
+        raise CheckpointError(f"{path} names no classes: it was written by another program")
+    temperature = facts.get("temperature", 1.0)
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise CheckpointError(
+            f"{path} holds the temperature {temperature!r}: it was written by another program"
+        )
+    return config, tuple(classes), temperature
+
+
+def network(config: Config, classes: int, weights: Any, path: Path) -> nn.Module:
+    """The network of `config` with `weights` (name -> tensor), in float32 on the CPU. Raises
+    CheckpointError, also for weights that are none."""
     options = dict(vars(config.model))
     try:
         model = build_model(options.pop("model"), classes, **options)
         model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} does not fit its own configuration ({reason})") from error
     return model.eval()
@@ -162,10 +174,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path} does not exist: name a run folder or an exported file")
     try:
         with safe_open(path, framework="pt") as file:
-            facts = _facts(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (SafetensorError, *READ_ERRORS) as error:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = _facts(metadata)
+        if metadata["sha256"] != digest_of(weights, metadata):
+            raise ValueError("its SHA-256 is another than it says")
+        return weights, facts
+    except (SafetensorError, RuntimeError, *FOREIGN) as error:
         raise _foreign(path, error) from error
+
+
+def digest_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of all that a safetensors file tells, whose format has no checksum."""
+    digest = hashlib.sha256(repr([metadata[key] for key in FILE_KEYS]).encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _facts(metadata: dict[str, str]) -> dict[str, Any]:
@@ -198,9 +223,8 @@ def _load_onnx(path: Path) -> Trained:
     def forward(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])
 
-    cpu = torch.device("cpu")
-    classes, config = tuple(facts["classes"]), from_dict(facts["config"])
-    return Trained(classes, config, facts["temperature"], forward, torch.float32, cpu)
+    config, classes, temperature = described(facts, path)
+    return Trained(classes, config, temperature, forward, torch.float32, torch.device("cpu"))
 
 
 class Prediction(NamedTuple):
@@ -218,10 +242,11 @@ def predict(
     load: Load,
     *,
     batch_size: int = 32,
-    flips: bool = False,
+    flips: bool | None = None,
 ) -> Iterator[Prediction]:
     """Predictions for the photos that `load` finds under `names`, in their order; threads decode
-    ahead of the network."""
+    ahead of the network. flips: None is as the network was validated."""
+    flips = trained.config.data.flips if flips is None else flips
 
     def prepare(name: str) -> tuple[str, np.ndarray | str]:
         try:

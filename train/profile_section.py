@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.errors import FOREIGN
 from train.page import Page
+from train.record import opened
 
 INDENT = "\u00a0\u00a0\u00a0"  # a level of ranges within ranges
 LONGEST = 40  # characters of a kernel's name
@@ -22,10 +24,10 @@ def add_profile(page: Page, folder: Path) -> None:
         return
     page.section("Where a step's time goes")
     try:
-        profile = json.loads(path.read_bytes())
+        profile = opened(json.loads(path.read_bytes()))
         sentence, rows = verdict(profile), table_rows(profile)
         picture = path.with_suffix(".png").read_bytes()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FOREIGN as error:
         page.note("warn", f"The profile is damaged ({error}): profile the training again.")
         return
     page.note("info", sentence)

@@ -1,8 +1,6 @@
 """The main job: `python -m train.run --model resnet34 --fused` trains on a folder of photos."""
 
 import contextlib
-import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -15,23 +13,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from tqdm import tqdm
 
 from models import (
     Backend,
-    build_model,
     chosen_plans,
     model_label,
     parameter_counts,
     resolve_backend,
     restore_plans,
-    set_backend,
 )
 from models.compiled import tune_allocator
-from train import checkpoint
+from train import checkpoint, distributed
+from train.assembly import build, make_training
+from train.auto_batch import with_largest_batch
 from train.command import run_command
-from train.config import RECIPES, Config, check, from_dict, requested_backend, to_dict
+from train.config import Config, epoch_sizes, requested_backend, to_dict
 from train.data.resident import ViewLoader
 from train.data.twins import make_manifest
 from train.doctor.material import material_of
@@ -41,19 +38,22 @@ from train.errors import (
     DiskError,
     NumericError,
     Stopped,
-    UsageError,
 )
 from train.files import remove_temporaries, write_atomically
+from train.flags import parse
 from train.inputs import Inputs, check_same_data, load_inputs, make_loaders, resident_pixels
 from train.lock import locked
 from train.loop import Listener, fit
 from train.mosaic import draw_batch, first_batch
 from train.progress import Progress
 from train.range_test import announce, find_rate
-from train.record import create_run_folder, write_json, write_jsonl
+from train.record import create_run_folder, read_json, write_json, write_jsonl
 from train.run_report import write_report
 from train.stop import Stop
+from train.tensorboard import TensorBoard
 from train.training import NonFiniteLoss, Training
+from train.transfer import start_from
+from train.validation import ValidationKeeper, validation_square
 
 
 def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> int:
@@ -64,51 +64,9 @@ def main(argv: list[str] | None = None, watching: Sequence[Listener] = ()) -> in
         lambda: train(parse(argv), command, watching),
         debug="--debug" in argv,
         interrupted="interrupted before the training: the same command starts again",
-        no_memory="halve --batch-size",
+        no_memory="halve --batch-size, or let --auto-batch choose it",
+        silent=distributed.is_silent(),
     )
-
-
-def parse(argv: list[str]) -> Config:
-    """The configuration the flags describe, on top of their recipe, or the one --resume names.
-
-    Raises UsageError for combinations that cannot work; unknown flags and values end in exit 2.
-    """
-    recipe = "default"
-    for i, word in enumerate(argv):
-        if word == "--recipe" and i + 1 < len(argv):
-            recipe = argv[i + 1]
-        elif word.startswith("--recipe="):
-            recipe = word.removeprefix("--recipe=")
-    config = tyro.cli(
-        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(Config),
-        prog="python -m train.run",
-        description="Train a plain or residual network on a folder of photos.",
-        default=RECIPES.get(recipe, RECIPES["default"]),
-        args=argv,
-    )
-    if config.run.resume is not None:
-        return _resumed(config, argv)
-    check(config)
-    return config
-
-
-def _resumed(config: Config, argv: list[str]) -> Config:
-    allowed = {"--resume", "--threads", "--debug", "--workers"}
-    others = [w.split("=")[0] for w in argv if w.startswith("--")]
-    extra = [flag for flag in others if flag not in allowed]
-    if extra:
-        raise UsageError(
-            f"--resume takes its settings from the run's config.json: leave out {extra[0]}"
-        )
-    folder = config.run.resume
-    state, _ = checkpoint.load_newest(folder / "checkpoints")
-    old = from_dict(state["config"])
-    threads = old.run.threads if config.run.threads is None else config.run.threads
-    run = replace(old.run, resume=folder, out=folder, threads=threads, debug=config.run.debug)
-    data = (
-        old.data if config.data.workers is None else replace(old.data, workers=config.data.workers)
-    )
-    return replace(old, run=run, data=data)
 
 
 def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> dict[str, Any]:
@@ -123,30 +81,46 @@ def train(config: Config, command: str, watching: Sequence[Listener] = ()) -> di
 def _train(
     config: Config, command: str, watching: Sequence[Listener], held: contextlib.ExitStack
 ) -> dict[str, Any]:
-    """As `train`, with what must be given back at its end in `held`."""
+    """As `train`, with what must be given back at its end in `held`; of several processes the first
+    alone writes, and returns it."""
     started = time.perf_counter()
     device = choose_device(config.run.device)
+    held.enter_context(distributed.joined(device))
+    distributed.check_batch(config.optim.batch_size, config.optim.accumulate)
+    first = distributed.is_first()
     amp_dtype = choose_amp(config.run.amp, device)
     prepare(config.run)
+    if config.run.tensorboard and first:
+        watching = [*watching, TensorBoard()]
     resumed = None
     if config.run.resume is not None:
-        held.enter_context(locked(config.run.resume))
-        resumed, name = _take_up(config.run.resume)
+        if first:
+            held.enter_context(locked(config.run.resume))
+        resumed, name = distributed.from_first(partial(_take_up, config.run.resume))
+        distributed.check_processes(resumed)
         if _is_finished(config, resumed):
             print(f"{config.run.resume} is finished: {config.run.resume / 'report.html'}")
-            return json.loads((config.run.resume / "summary.json").read_text("utf-8"))
+            return read_json(config.run.resume / "summary.json")
         print(f"resuming {config.run.resume} {_place(resumed)} ({name})")
-    inputs = load_inputs(config)
+    inputs = distributed.one_after_the_other(partial(load_inputs, config))
     _announce(inputs, config.data.sampler)
     if resumed is not None:
         check_same_data(resumed, inputs)
         backend = Backend(resumed["backend"], resumed["backend_reason"])
     else:
-        images = config.optim.epochs * len(inputs.split.train)
-        backend = resolve_backend(
-            requested_backend(config), device, images * (config.data.image_size / 224) ** 2
+        passes = sum((size / 224) ** 2 for size in epoch_sizes(config))
+        images = passes * len(inputs.split.train)
+        backend = distributed.from_first(
+            partial(resolve_backend, requested_backend(config), device, images)
         )
-
+    if distributed.size() > 1:
+        print(f"processes: {distributed.size()}, each with its share of every batch")
+        if device.type == "cuda" and backend.name == "triton":
+            warnings.warn(
+                "no CUDA graph on several GPUs: the kernels are launched one by one, which was "
+                "slower than eager on an H100; leave --fused out",
+                stacklevel=1,
+            )
     if device.type == "cpu" and requested_backend(config) != "eager":
         tune_allocator()  # brings 1.06x to 1.16x there even where compiling does not pay
 
@@ -157,10 +131,19 @@ def _train(
         print(f"batches: made on the {'CPU' if pixels is None else 'GPU'} ({reason})")
         if pixels is not None and config.data.workers is not None:
             warnings.warn("--workers has no effect: the GPU makes the batches", stacklevel=1)
+    if config.run.auto_batch:  # never of a resumed run, whose batch stands in its checkpoint
+        config = with_largest_batch(config, inputs, device, amp_dtype, backend, pixels)
     dtype = amp_dtype or torch.float32
     train_loader, val_loader = make_loaders(inputs, config, dtype, device, pixels)
     torch.manual_seed(config.run.seed)
     model = build(config, len(classes), backend, device)
+    if config.optim.sync_bn:
+        distributed.synchronise_norms(model, backend)
+    if resumed is None and first and (begun := start_from(model, config)):
+        print(begun)
+    distributed.start_alike(model)
+    if not first:  # dropout draws otherwise than on the first
+        torch.manual_seed(config.run.seed + (distributed.rank() << 32))
     parameters, trainable = parameter_counts(model)
     precision = {None: "float32", torch.bfloat16: "bf16", torch.float16: "fp16"}[amp_dtype]
     label = model_label(config.model.model, vars(config.model))
@@ -171,26 +154,15 @@ def _train(
         counts = inputs.train_counts()
         found = find_rate(model, config.optim, train_loader, amp_dtype, counts)
         config = replace(config, optim=replace(config.optim, lr=found.suggestion))
-    training = Training(
-        model,
-        config.optim,
-        total_steps=config.optim.epochs * len(train_loader),
-        amp_dtype=amp_dtype,
-        mixup_alpha=config.data.mixup,
-        cutmix_alpha=config.data.cutmix,
-        seed=config.run.seed,
-        fused=backend.name == "triton",
-        make_batch=None if pixels is None else train_loader.make,
-        class_counts=inputs.train_counts(),
-        cuda_graph=device.type == "cuda" and backend.name == "triton",
-    )
+    training = make_training(config, inputs, model, train_loader, backend, amp_dtype)
     stop = held.enter_context(Stop())
     if resumed is not None:
         training.restore(resumed)
         restore_plans(model, resumed["plans"])
         folder = config.run.resume
     else:
-        folder = create_run_folder(config.run.out, config.model.model)
+        folder = distributed.from_first(partial(create_run_folder, config.run.out, label))
+    if resumed is None and first:
         held.enter_context(locked(folder))
         for place in (folder, folder / "checkpoints"):  # of one killed before it was a run
             remove_temporaries(place)
@@ -199,8 +171,10 @@ def _train(
             draw_batch(*first_batch(train_loader, training), classes, folder / "batch.png")
         except Exception as error:  # no picture stops a training
             warnings.warn(f"batch.png was not made ({error})", stacklevel=1)
+    if backend.name == "triton":
+        distributed.agree_on_plans(model, train_loader, val_loader, dtype, training.autocast())
     print(f"run folder: {folder}")
-    if found is not None:
+    if found is not None and first:
         announce(found, folder / "lr_find.png")
 
     fixed = {
@@ -215,14 +189,17 @@ def _train(
     recorder = Recorder(folder, fixed)
     if resumed is None:  # what has a config.json has a checkpoint, and can be resumed
         recorder.save(training)
-        write_json(folder / "config.json", {"command": command, **to_dict(config)})
+        if first:
+            write_json(folder / "config.json", {"command": command, **to_dict(config)})
     listeners: list[Listener] = [
         recorder,
         Progress(config.optim.epochs, done=len(training.history)),
         *watching,
     ]
+    if first:  # ahead of the checkpoint that speaks of it
+        listeners.insert(0, ValidationKeeper(folder, inputs))
     doctor = None
-    if config.run.doctor:
+    if config.run.doctor and first:
         material = partial(material_of, inputs, config, dtype, device)
         doctor = Doctor(folder, training, material)
         listeners.insert(0, doctor)  # a checkpoint is last: none is ahead of the signals
@@ -231,7 +208,7 @@ def _train(
     try:
         fed = train_loader if pixels is None else ViewLoader(train_loader)
         every = config.run.steps_per_checkpoint
-        fit(training, fed, val_loader, len(classes), listeners, stop, every)
+        fit(training, fed, val_loader, len(classes), listeners, stop, every, config.data.flips)
     except Stopped as stopped:
         tqdm.write(
             f"{stopped} {_place(training.state())} and saved; to go on: "
@@ -241,19 +218,23 @@ def _train(
         raise
     except NonFiniteLoss as error:
         files = [inputs.photos.files[i] for i in error.indices]
-        write_json(folder / "bad_batch.json", files)
+        if first:
+            write_json(folder / "bad_batch.json", files)
         raise NumericError(
             f"{error} (photos {', '.join(files[:3])}, ...; all in bad_batch.json): "
             "lower --lr, or look at these photos"
         ) from error
 
+    if not first:
+        return {}
     summary = {
-        "model": config.model.model,
+        "model": label,
         "backend": backend.name,
         "backend_reason": backend.reason,
         "plans": chosen_plans(model),
         "cuda_graph": training.graph_steps(),
         "device": device_name(device),
+        "processes": distributed.size(),
         "precision": precision,
         "parameters": parameters,
         "trainable_parameters": trainable,
@@ -275,6 +256,7 @@ def _train(
         history=training.history,
         confusion=training.best and training.best["confusion"],
         classes=classes,
+        square=partial(validation_square, inputs, config.data),
     )
     print(f"done in {summary['seconds']:.0f} s: {folder / 'report.html'}")
     return summary
@@ -283,7 +265,8 @@ def _train(
 class Recorder(Listener):
     """Writes metrics.jsonl after each epoch and checkpoints then and at each pause.
 
-    A full disk ends the training only where nothing follows; else it goes on with a warning.
+    A full disk ends the training only where nothing follows; else it goes on with a warning. Of
+    several processes the first writes, with what all of them hold.
     """
 
     def __init__(self, folder: Path, fixed: dict[str, Any]):
@@ -309,9 +292,11 @@ class Recorder(Listener):
 
     def save(self, training: Training) -> None:
         """Save what `training` holds. Raises DiskError."""
+        state = {**self.fixed, "plans": chosen_plans(training.model), **training.state()}
+        if not distributed.is_first():
+            return
         # whole, so that neither a full disk nor a resumed run leaves a gap or a line twice
         write_jsonl(self.folder / "metrics.jsonl", training.history)
-        state = {**self.fixed, "plans": chosen_plans(training.model), **training.state()}
         checkpoint.save(self.folder / "checkpoints", state, self.best_due)
         self.best_due = False
 
@@ -349,7 +334,7 @@ def _announce(inputs: Inputs, sampler: str) -> None:
     print(
         f"data: {photos.name}, {len(photos)} photos of {len(photos.classes)} classes: "
         f"{len(split.train)} train, {len(split.val)} validation ({split.kind}); "
-        f"{split.duplicate_groups} pictures occur more than once"
+        f"pictures that occur more than once: {split.duplicate_groups}"
     )
     if sampler == "balanced":
         counts = np.bincount(photos.labels[split.train], minlength=len(photos.classes))
@@ -357,17 +342,6 @@ def _announce(inputs: Inputs, sampler: str) -> None:
             f"sampler: balanced, an epoch shows each class {counts.sum() / len(counts):.0f} times, "
             f"drawn with replacement from its {counts.min()} to {counts.max()} photos"
         )
-
-
-def build(
-    config: Config, num_classes: int, backend: Backend, device: torch.device
-) -> torch.nn.Module:
-    """The network of `config`, on its device and backend."""
-    options = dataclasses.asdict(config.model)
-    model = build_model(options.pop("model"), num_classes, **options)
-    set_backend(model, backend.name, backend.plan)
-    layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-    return model.to(device, memory_format=layout)
 
 
 def _results(training: Training) -> dict[str, Any]:

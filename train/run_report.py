@@ -1,20 +1,27 @@
 """`report.html` of a run: what the numbers say, in one sentence, then everything behind it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from train import checkpoint
 from train.doctor.section import add_section
-from train.metrics import wilson
-from train.page import NoteKind, Page
-from train.plots import plot_confusion, plot_curves
+from train.errors import CheckpointError
+from train.metrics import Scores, calibration, count_scores, fit_temperature, probabilities, score
+from train.page import Page, percent
+from train.plots import plot_curves
+from train.predictor import load_trained
 from train.profile_section import add_profile
-
-History = Sequence[Mapping[str, float | None]]
-
-WIDENED = 5.0  # percentage points; a smaller growth of the train-validation gap is noise
+from train.quality import add_calibration, add_classes, add_mistakes
+from train.record import read_json
+from train.validation import FILE as VALIDATION
+from train.validation import Validation, read_validation
+from train.verdict import History, verdict
 
 
 def write_report(
@@ -25,54 +32,43 @@ def write_report(
     history: History,
     confusion: Sequence[Sequence[int]] | np.ndarray | None = None,
     classes: Sequence[str] = (),
+    square: Callable[[int], np.ndarray] | None = None,
 ) -> None:
-    """Write `curves.png`, `confusion_matrix.png` (with `confusion`) and `report.html`, which also
-    shows the `batch.png` of the folder.
+    """Write `report.html`, and its plots beside it; it also shows the `batch.png` of the folder.
 
     `summary` and `history` are what `summary.json` and `metrics.jsonl` hold; `confusion` counts
     validation images `[true class, predicted class]` of the best epoch, in the order of `classes`.
-    A profile in `folder` (`profiling.train_profile`) is shown too.
-    Raises `DiskError` when `folder` is not writable.
+    With the folder's `validation.csv` of that epoch the page has intervals and the calibration, and
+    with `square` (validation photo number i as uint8 [S, S, 3]) also the worst mistakes. A profile
+    in `folder` (`profiling.train_profile`) is shown too. What cannot be drawn is named instead.
+    Raises `DiskError` when `report.html` cannot be written.
     """
     folder = Path(folder)
     page = Page(f"{summary['model']}: training report", f"Run `{folder.resolve().name}`")
-    page.note(*verdict(summary, history, confusion, classes))
-    _run_facts(page, summary)
-    _doctor(page, folder)
+    known = _attempt(page, "What is known of each photo", _known, folder, confusion)
+    checked, scores = known or (None, None)
+    page.note(*verdict(summary, history, confusion, classes, scores and scores.accuracy_interval))
+    _run_facts(page, summary, history)
+    _attempt(page, "The doctor's findings", add_section, page, folder)
 
     page.section("Curves")
-    plot_curves(history, folder / "curves.png")
-    page.figure(
-        folder / "curves.png",
-        "Loss, accuracy and the overfitting monitor: a gap that keeps opening means the model"
-        " learns its training photos by heart. The ring marks the best validation accuracy.",
-        "Training and validation loss and accuracy by epoch, and their differences.",
-        plot=True,
-    )
+    _attempt(page, "The curves", _curves, page, history, folder)
     if confusion is not None:
-        page.section("Classes")
-        plot_confusion(confusion, classes, folder / "confusion_matrix.png")
-        page.figure(
-            folder / "confusion_matrix.png",
-            "Validation photos by true and predicted class; the colour is the share of the row.",
-            "Confusion matrix; the table below holds its precision and recall.",
-            plot=True,
-        )
-        _class_table(page, np.asarray(confusion), classes)
+        counts = np.asarray(confusion)
+        per_class = count_scores(counts) if scores is None else scores.per_class
+        _attempt(page, "The classes", add_classes, page, counts, per_class, classes, folder)
+    if scores is not None:
+        _attempt(page, "The calibration", _calibration, page, folder, checked, scores)
+    if checked is not None and square is not None:
+        _attempt(page, "The worst mistakes", _mistakes, page, folder, checked, square)
     if (folder / "batch.png").is_file():
-        page.section("Training batch")
-        page.figure(
-            folder / "batch.png",
-            "The first training batch as the network sees it, augmented and mixed; where two photos"
-            " are mixed, their shares stand below.",
-            "Photos of the first training batch with their classes.",
-        )
+        _attempt(page, "The training batch", _batch, page, folder)
     _split(page, summary.get("split") or {})
     _epochs(page, history)
     add_profile(page, folder)
 
     page.section("Configuration")
-    page.facts({_label(name): value for name, value in _flat(config)})
+    page.facts({_label(name): value for name, value in flat(config)})
     page.section("Reproduce")
     command = summary.get("command", "")
     page.command(command if isinstance(command, str) else shlex.join(command))
@@ -80,82 +76,30 @@ def write_report(
     page.write(folder / "report.html")
 
 
-def verdict(
-    summary: Mapping[str, object],
-    history: History,
-    confusion: Sequence[Sequence[int]] | np.ndarray | None = None,
-    classes: Sequence[str] = (),
-) -> tuple[NoteKind, str]:
-    """One sentence on the result, and how good it is: above chance, and without overfitting."""
-    best = summary.get("best_val_accuracy")
-    if best is None:
-        accuracy = summary.get("final_train_accuracy")
-        ending = "" if accuracy is None else f" (training accuracy {percent(accuracy)} at the end)"
-        return "info", f"There was no validation, so nothing is known about unseen photos{ending}."
-    images, chance = _baseline(summary, confusion, classes)
-    sentence = f"Best validation accuracy {percent(best)} in epoch {summary.get('best_epoch')}"
-    sentence += f" of {summary.get('epochs')}"
-    kind: NoteKind = "good"
-    context = []
-    if images:
-        low, high = wilson(round(best * images), images)
-        context.append(
-            f"{round(best * images)} of {images} photos, 95 % interval"
-            f" {percent(low)} to {percent(high)}"
-        )
-        if chance is not None and low <= chance:
-            kind = "bad"
-    if chance is not None:
-        context.append(f"chance {percent(chance)}")
-    if context:
-        sentence += f" ({'; '.join(context)})"
-    if kind == "bad":
-        sentence += ", which is not clearly better than guessing"
-    gaps = _gaps(history)
-    if len(gaps) > 1:
-        third = max(1, len(gaps) // 3)
-        early, late = float(np.mean(gaps[:third])), float(np.mean(gaps[-third:]))
-        if late - early >= WIDENED:
-            kind = "bad" if kind == "bad" else "warn"
-            sentence += (
-                "; the gap between training and validation accuracy widened from"
-                f" {early:.1f} to {late:.1f} points, a sign of overfitting"
-            )
-        else:
-            sentence += (
-                "; the gap between training and validation accuracy did not widen"
-                f" ({early:.1f} points early, {late:.1f} late)"
-            )
-    return kind, sentence + "."
+def rewrite_report(folder: Path, square: Callable[[int], np.ndarray]) -> None:
+    """Write `report.html` of a finished run anew, after what its folder holds; nothing for one that
+    is under way or ended early. square: as in `write_report`. Raises CheckpointError and DiskError.
+    """
+    if not (folder / "report.html").is_file():
+        return
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    state, _ = checkpoint.load_newest(folder / "checkpoints")
+    del config["command"]
+    write_report(
+        folder,
+        config=config,
+        summary=summary,
+        history=state["history"],
+        confusion=state["best"] and state["best"]["confusion"],
+        classes=summary["classes"],
+        square=square,
+    )
 
 
-def percent(share: float) -> str:
-    """A fraction 0..1 as a percentage with one decimal; the sign never starts a line."""
-    return f"{100 * share:.1f}\u00a0%"
-
-
-def _baseline(
-    summary: Mapping[str, object],
-    confusion: Sequence[Sequence[int]] | np.ndarray | None,
-    classes: Sequence[str],
-) -> tuple[int, float | None]:
-    """The number of validation images, and what always naming the most frequent class scores."""
-    if confusion is not None and np.sum(confusion) > 0:
-        rows = np.asarray(confusion).sum(axis=1)
-        return int(rows.sum()), float(rows.max() / rows.sum())
-    images = (summary.get("split") or {}).get("validation") or 0
-    return int(images), 1 / len(classes) if classes else None
-
-
-def _gaps(history: History) -> list[float]:
-    """Training minus validation accuracy in points, for the epochs that have both."""
-    pairs = ((row.get("train_accuracy"), row.get("val_accuracy")) for row in history)
-    return [100 * (train - val) for train, val in pairs if train is not None and val is not None]
-
-
-def _run_facts(page: Page, summary: Mapping[str, object]) -> None:
+def _run_facts(page: Page, summary: Mapping[str, object], history: History) -> None:
     backend, reason = summary.get("backend"), summary.get("backend_reason")
     speed, seconds = summary.get("images_per_second"), summary.get("seconds")
+    epochs = [row["seconds"] for row in history if row.get("seconds") is not None]
     page.facts(
         {
             "Model": summary.get("model"),
@@ -164,6 +108,7 @@ def _run_facts(page: Page, summary: Mapping[str, object]) -> None:
             "Device": summary.get("device"),
             "Backend": f"{backend} ({reason})" if reason else backend,
             "Training speed": None if speed is None else f"{speed:.1f} images/s",
+            "Training, median epoch": f"{np.median(epochs):.1f} s" if epochs else None,
             "Duration": None if seconds is None else _duration(seconds),
             "Seed": str(summary.get("seed")),
         }
@@ -175,34 +120,77 @@ def _run_facts(page: Page, summary: Mapping[str, object]) -> None:
         )
 
 
-def _doctor(page: Page, folder: Path) -> None:
-    """What the doctor found, where it watched; the report does without it if that fails."""
+def _attempt(page: Page, what: str, part: Callable[..., Any], *arguments: object) -> Any:
+    """What `part` returns, or None and a note on the page: none of it may end a training."""
     try:
-        add_section(page, folder)
+        return part(*arguments)
     except Exception as error:
-        page.note("warn", f"The doctor's findings cannot be shown: {error}.")
+        warnings.warn(f"report.html: {what.lower()} cannot be shown ({error})", stacklevel=1)
+        page.note("warn", f"{what} cannot be shown: {error}.")
+        return None
 
 
-def _class_table(page: Page, counts: np.ndarray, classes: Sequence[str]) -> None:
-    rows = []
-    for index, name in enumerate(classes):
-        hits, photos, named = counts[index, index], counts[index].sum(), counts[:, index].sum()
-        wrong = counts[index].copy()
-        wrong[index] = 0
-        rows.append(
-            (
-                name,
-                int(photos),
-                percent(hits / named) if named else None,
-                percent(hits / photos) if photos else None,
-                f"{classes[int(wrong.argmax())]} ({wrong.max()})" if wrong.any() else None,
-            )
-        )
-    page.table(
-        ("class", "photos", "precision", "recall", "most often taken for"),
-        rows,
-        "Precision: how often the model is right when it names the class. Recall: how many of the"
-        " class's photos it finds.",
+def _known(
+    folder: Path, confusion: Sequence[Sequence[int]] | np.ndarray | None
+) -> tuple[Validation, Scores] | None:
+    """The folder's validation.csv, and what it is worth; None without one. Raises CheckpointError
+    where it is not that of `confusion`."""
+    found = None if confusion is None else read_validation(folder)
+    if found is None:
+        return None
+    scores = score(found.probability, found.labels, found.pictures)
+    if not np.array_equal(scores.confusion, confusion):
+        raise CheckpointError(f"{folder / VALIDATION} is not of the best epoch")
+    return found, scores
+
+
+def _curves(page: Page, history: History, folder: Path) -> None:
+    plot_curves(history, folder / "curves.png")
+    page.figure(
+        folder / "curves.png",
+        "Loss, accuracy and the overfitting monitor: a gap that keeps opening means the model"
+        " learns its training photos by heart. The ring marks the best validation accuracy.",
+        "Training and validation loss and accuracy by epoch, and their differences.",
+        plot=True,
+    )
+
+
+def _calibration(page: Page, folder: Path, checked: Validation, scores: Scores) -> None:
+    """The calibration, and what becomes of it where the network predicts."""
+    logits = np.log(checked.probability.clip(1e-30))
+    temperature = fit_temperature(logits, checked.labels)
+    _, error = calibration(probabilities(logits, temperature), checked.labels)
+    add_calibration(
+        page,
+        scores,
+        folder,
+        f" `train.predict` divides the logits by {temperature:.2f}, fitted on these very photos,"
+        f" after which it is {percent(error)}.",
+    )
+
+
+def _batch(page: Page, folder: Path) -> None:
+    page.section("Training batch")
+    page.figure(
+        folder / "batch.png",
+        "The first training batch as the network sees it, augmented and mixed; where two photos"
+        " are mixed, their shares stand below.",
+        "Photos of the first training batch with their classes.",
+    )
+
+
+def _mistakes(
+    page: Page, folder: Path, checked: Validation, square: Callable[[int], np.ndarray]
+) -> None:
+    trained = load_trained(folder, torch.device("cpu"), None)
+    add_mistakes(
+        page,
+        trained,
+        checked.probability,
+        checked.labels,
+        checked.files,
+        checked.pictures,
+        square,
     )
 
 
@@ -222,7 +210,7 @@ def _split(page: Page, split: Mapping[str, object]) -> None:
             _label(name): percent(value)
             if name.endswith(("share", "fraction")) and value is not None
             else value
-            for name, value in _flat(split)
+            for name, value in flat(split)
         }
     )
 
@@ -254,11 +242,11 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else percent(value)
 
 
-def _flat(mapping: Mapping[str, object]) -> list[tuple[str, object]]:
+def flat(mapping: Mapping[str, object]) -> list[tuple[str, object]]:
     """Names and values of nested mappings in order; flags are flat, so names do not collide."""
     pairs: list[tuple[str, object]] = []
     for name, value in mapping.items():
-        pairs.extend(_flat(value) if isinstance(value, Mapping) else [(name, value)])
+        pairs.extend(flat(value) if isinstance(value, Mapping) else [(name, value)])
     return pairs
 
 

@@ -6,13 +6,17 @@
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from models.compiled import tune_allocator
 from train import run
@@ -44,10 +48,13 @@ def _end_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _peak_memory() -> int:
-    """Bytes: the most this process held, of the GPU's memory where there is one."""
+def _peak_memory() -> int | None:
+    """Bytes: the most this process held, of the GPU's memory where there is one; None where the
+    system does not tell."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on macOS bytes
     return peak if sys.platform == "darwin" else 1024 * peak
 

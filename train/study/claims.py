@@ -65,12 +65,13 @@ def _claims(folder: Path, name: str) -> list[Path]:
 def _abandoned(path: Path) -> bool:
     try:
         holder = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # about to be written, or never finished: its age decides
-        holder = {}
+    except (OSError, ValueError, RecursionError):  # about to be written, or never finished
+        holder = None
+    holder = holder if isinstance(holder, dict) else {}  # then its age decides
     if holder.get("released"):
         return True
-    if holder.get("host") == _host() and holder["started"] is not None:
-        return holder != _identity(holder["pid"])
+    if holder.get("host") == _host() and holder.get("started") is not None:
+        return holder != _identity(holder.get("pid"))
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent) as probe:  # the folder's own clock
             return os.stat(probe.name).st_mtime - path.stat().st_mtime > STALE

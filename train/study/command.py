@@ -8,6 +8,7 @@ beside it, also on another machine that shares DIR, takes over some of its runs.
 """
 
 import argparse
+import dataclasses
 import itertools
 import shlex
 from collections.abc import Sequence
@@ -17,16 +18,25 @@ import torch
 
 from models import parse_model
 from train import run
+from train.arguments import Parser, no_flag
 from train.command import run_command
-from train.config import RECIPES
-from train.errors import LapisError, UsageError
+from train.config import RECIPES, OptimConfig
+from train.errors import CheckpointError, LapisError, UsageError
 from train.files import unwritable
+from train.flags import names
 from train.record import read_json, write_json
 from train.study.page import write_study
 from train.study.texts import LANGUAGES
 from train.study.workers import Job, Workers
 
+# what a recipe is made of, and the pairing of the runs does not rest on
+INGREDIENTS = (
+    *("image-size", "start-scale", "val-scale", "flips", "augment", "mixup", "cutmix", "sampler"),
+    *(one.name.replace("_", "-") for one in dataclasses.fields(OptimConfig)),
+    *("no-nesterov", "no-flips"),
+)
 OWN_FLAGS = ("--model", "--seed", "--fold", "--out", "--resume", "--threads")
+OWN_FLAGS += ("--config", "--print-config", "--auto-batch")  # a batch would differ by machine
 
 
 class FailedRuns(LapisError):
@@ -43,23 +53,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.study", description=__doc__, allow_abbrev=False
+def _parser() -> Parser:
+    parser = Parser("train.study", __doc__)
+    parser.add_argument("--data", required=True, help="photos, as train.run takes them")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/study"),
+        help="the study's folder (default: %(default)s)",
     )
-    parser.add_argument("--data", required=True, help="as for train.run")
-    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="the study's folder")
     parser.add_argument(
         "--models",
         default="plain34,resnet34,resnet34+se,resnet34+preact",
-        help="NAME+FLAG+FLAG=VALUE, separated by commas, such as resnet34+se+norm=group",
+        help="NAME+FLAG+FLAG=VALUE, separated by commas: resnet34+se+norm=group, or with a flag of "
+        "the training, resnet34+mixup=0 (default: %(default)s)",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each model: seeds 0, 1, ..")
-    parser.add_argument("--recipe", choices=tuple(RECIPES), default="default")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        help="runs of each model: seeds 0, 1, .. (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default="default",
+        help="set of defaults of every run, as of train.run (default: %(default)s)",
+    )
     parser.add_argument("--folds", type=int, help="cross-validate: each seed trains every fold")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on this machine")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time on this machine (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of a run (default: cores / jobs)")
-    parser.add_argument("--language", choices=LANGUAGES, default="en", help="of the report")
+    parser.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="of the report (default: %(default)s)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -70,7 +98,10 @@ def study(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, not {value}")
+    known = [*names(), *_parser().flags]
     for flag in flags:
+        if flag.startswith("--") and flag.split("=")[0].lstrip("-").replace("_", "-") not in known:
+            raise UsageError(no_flag(flag, known))
         if flag.split("=")[0] in OWN_FLAGS:
             raise UsageError(f"{flag} is what a study varies or decides: leave it out")
     models = list(dict.fromkeys(arguments.models.split(",")))
@@ -81,7 +112,7 @@ def study(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
         "folds": arguments.folds,
         "flags": list(flags),
     }
-    _remember(arguments.out, settings)
+    remember(arguments.out, settings)
     threads = arguments.threads or max(1, torch.get_num_threads() // arguments.jobs)
     Workers(jobs, arguments.out / "claims", threads).work(arguments.jobs, epochs)
     command = ["python", "-m", "train.study", "--data", arguments.data, "--out", arguments.out]
@@ -132,15 +163,20 @@ def grid(
 
 
 def model_flags(model: str) -> tuple[str, ...]:
-    """`resnet34+se+norm=group` as flags of train.run: --model resnet34 --se --norm group. Raises
-    UsageError."""
+    """`resnet34+se+mixup=0` as flags of train.run: --model resnet34 --se --mixup 0; a part is a
+    modification of the network or one of INGREDIENTS. Raises UsageError."""
+    parts = model.split("+")
+    given = [part for part in parts if part.partition("=")[0] in INGREDIENTS]
     try:
-        name, options = parse_model(model)
+        name, options = parse_model("+".join(part for part in parts if part not in given))
     except ValueError as error:
         raise UsageError(f"--models: {error}") from error
     words = ["--model", name]
     for key, value in options.items():
         words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    for part in given:
+        flag, _, value = part.partition("=")
+        words += [f"--{flag}", value] if value else [f"--{flag}"]
     return tuple(words)
 
 
@@ -151,7 +187,7 @@ def _checked(model: str, flags: Sequence[str]) -> int:
         raise UsageError(f"train.run does not take these flags for the model {model!r}") from stop
 
 
-def _remember(out: Path, settings: dict[str, object]) -> None:
+def remember(out: Path, settings: dict[str, object]) -> None:
     """study.json; models and seeds may be added to a study, nothing else may change."""
     try:
         for folder in ("runs", "claims"):
@@ -160,10 +196,13 @@ def _remember(out: Path, settings: dict[str, object]) -> None:
         raise unwritable(out, error) from error
     path = out / "study.json"
     if path.is_file():
-        for name, value in read_json(path).items():
+        before = read_json(path)
+        if not isinstance(before, dict) or before.keys() != settings.keys():
+            raise CheckpointError(f"{path} is of another version: choose another --out")
+        for name, value in before.items():
             if value != settings[name]:
                 raise UsageError(
-                    f"{out} holds a study with {name} {value}, not {settings[name]}: choose "
+                    f"{out} holds a study with {name} {value!r}, not {settings[name]!r}: choose "
                     "another --out, or give the same"
                 )
     else:

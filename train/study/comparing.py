@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from train import metrics
-from train.study.results import COSTS, OUTCOMES, Run, Validation
+from train.study.results import COSTS, OUTCOMES, Run
 from train.study.statistics import (
     LEVEL,
     Mean,
@@ -18,6 +18,7 @@ from train.study.statistics import (
     t_mean,
     weighted_mean,
 )
+from train.validation import Validation
 
 
 def overlap_of(runs: Sequence[Run]) -> float:
@@ -114,7 +115,7 @@ def compare(first: Sequence[Run], second: Sequence[Run]) -> dict[str, Any] | Non
             values[name] = t_mean([b - a for a, b in found], overlap)
     checked = [(a.validation, b.validation) for a, b in pairs]
     if not any(None in both for both in checked):
-        values["photos"] = _compare_photos(checked)
+        values["photos"] = compare_photos(checked)
     return values
 
 
@@ -122,7 +123,9 @@ def _same_split(a: Run, b: Run) -> bool:
     return (a.folder / "split.csv").read_bytes() == (b.folder / "split.csv").read_bytes()
 
 
-def _compare_photos(checked: Sequence[tuple[Validation, Validation]]) -> dict[str, Any]:
+def compare_photos(checked: Sequence[tuple[Validation, Validation]]) -> dict[str, Any]:
+    """Pairs of networks on the same photos: of each pair McNemar's test, a photo a picture; over
+    all the mean gain of the second as a share, with its bootstrap interval over pictures."""
     tests, gains, pictures = [], [], []
     for a, b in checked:
         _, firsts = np.unique(a.pictures, return_index=True)

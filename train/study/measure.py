@@ -1,10 +1,10 @@
 """What a study wants to know of a finished run beyond its summary, measured once and left in its
-folder: `validation.csv`, `measures.json`, and `pictures/` with `pictures.json`.
+folder: `measures.json`, and `pictures/` with `pictures.json`.
 """
 
-import csv
-import io
+import hashlib
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import build_model
 from train import checkpoint
 from train.config import Config, DataConfig, from_dict
-from train.data.augment import augment_batch
 from train.data.loader import Loader
-from train.environment import choose_amp, choose_device
-from train.evaluate_page import with_evidence
+from train.environment import choose_device
 from train.files import unwritable, write_atomically
-from train.inputs import Inputs, load_inputs, make_loaders, pictures_of
-from train.metrics import probabilities
+from train.inputs import Inputs, load_inputs
 from train.predictor import Trained, network, weights_file
+from train.quality import surest_mistakes, with_evidence
 from train.record import write_json
-from train.step import autocast
+from train.study.results import CHECKED
+from train.validation import Validation, read_validation, validation_square
 
 FIXED_IMAGES = 32  # training images on which gradients and blocks are measured
 MISTAKES = 6  # of a run, kept as pictures
@@ -39,23 +38,26 @@ def measure(folder: Path, peak_memory: int | None) -> None:
     """
     path = weights_file(folder)
     state = checkpoint.load(path)
-    config, classes = from_dict(state["config"]), tuple(state["classes"])
+    config, classes = from_dict(state["config"], path), tuple(state["classes"])
     device = choose_device(config.run.device)
     inputs = load_inputs(_with_own_split(config, folder))
     model = network(config, len(classes), state["weights"], path)
     model = model.to(device, memory_format=torch.channels_last)
     values: dict[str, Any] = {
         "checkpoint": path.name,
-        "flops": count_flops(model, config.data.image_size, device),
+        "flops": count_flops(model, config.data.evaluated_size, device),
         "peak_memory_bytes": peak_memory,
         "fixed_images": min(FIXED_IMAGES, len(inputs.split.train)),
         "depth": measure_depth(folder, config, len(classes), inputs, device),
     }
-    if len(inputs.split.val):
-        probability = _validate(model, inputs, config, device)
-        _write_validation(folder / "validation.csv", inputs, probability)
+    validation = read_validation(folder)
+    if validation is not None:
         trained = Trained(classes, config, 1.0, model, torch.float32, device, model)
-        _write_pictures(folder, trained, inputs, probability)
+        _write_pictures(folder, trained, inputs, validation)
+    listed = [folder / name for name in CHECKED]
+    values["files"] = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in listed if path.exists()
+    }
     write_json(folder / "measures.json", values)
 
 
@@ -73,52 +75,15 @@ def _with_own_split(config: Config, folder: Path) -> Config:
     return replace(config, data=data, run=replace(config.run, resume=folder))
 
 
-def _validate(model: nn.Module, inputs: Inputs, config: Config, device: torch.device) -> np.ndarray:
-    """Probabilities [N, K] of the validation photos, in their order, as in the run's own
-    validation: same batches, same precision."""
-    dtype = choose_amp(config.run.amp, device)
-    _, loader = make_loaders(inputs, config, dtype or torch.float32, device)
-    with torch.inference_mode(), autocast(device, dtype):
-        logits = torch.cat([model(batch.images).float().cpu() for batch in loader.epoch(0)])
-    return probabilities(logits.numpy())
-
-
-def _write_validation(path: Path, inputs: Inputs, probability: np.ndarray) -> None:
-    """A row a validation photo."""
-    photos, rows = inputs.photos, inputs.split.val
-    pictures = _picture_names(inputs)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["filename", "label", "picture", *(f"p:{label}" for label in photos.classes)])
-    for row, shares in zip(rows, probability.tolist(), strict=True):
-        label = photos.classes[photos.labels[row]]
-        writer.writerow([photos.files[row], label, pictures[row], *shares])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def _picture_names(inputs: Inputs) -> np.ndarray:
-    """str [N], equal for photos of one picture, in every run on these photos: the smallest of their
-    digests, shortened."""
-    digests = np.array([digest[:12] for digest in inputs.photos.digests])
-    _, place = np.unique(pictures_of(inputs.images, inputs.photos), return_inverse=True)
-    order = np.lexsort((digests, place))
-    first = np.searchsorted(place[order], np.arange(place.max() + 1))
-    return digests[order][first][place]
-
-
-def _write_pictures(
-    folder: Path, trained: Trained, inputs: Inputs, probability: np.ndarray
-) -> None:
+def _write_pictures(folder: Path, trained: Trained, inputs: Inputs, validation: Validation) -> None:
     """The surest mistakes, each picture once, and of each class the photo that was known best,
     beside the class activation map of the class that was named."""
-    photos, rows = inputs.photos, inputs.split.val
-    pictures = _picture_names(inputs)[rows]
-    labels, named, sure = photos.labels[rows], probability.argmax(axis=1), probability.max(axis=1)
+    probability, labels, classes = validation.probability, validation.labels, validation.classes
+    named, sure = probability.argmax(axis=1), probability.max(axis=1)
+    mistakes = surest_mistakes(probability, labels, validation.pictures)
+    kept = [("mistake", i) for i in islice(mistakes, MISTAKES)]
     surest = np.argsort(-sure, kind="stable")
-    wrong = surest[named[surest] != labels[surest]]
-    _, firsts = np.unique(pictures[wrong], return_index=True)
-    kept = [("mistake", i) for i in wrong[np.sort(firsts)][:MISTAKES]]
-    right = surest[named[surest] == labels[surest]]
+    right = surest[validation.right[surest]]
     _, firsts = np.unique(labels[right], return_index=True)
     kept += [("known", i) for i in right[firsts]]
     try:
@@ -128,16 +93,15 @@ def _write_pictures(
     listed = []
     for number, (kind, i) in enumerate(kept, start=1):
         name = f"pictures/{number:02d}.jpg"
-        stored = inputs.images[rows[i]][None]
-        square = augment_batch(stored, np.zeros(1, np.int64), 0, 0, "none", trained.image_size)[0]
+        square = validation_square(inputs, trained.config.data, i)
         write_atomically(folder / name, with_evidence(trained, square, int(named[i])))
         listed.append(
             {
                 "picture": name,
                 "kind": kind,
-                "file": photos.files[rows[i]],
-                "label": photos.classes[labels[i]],
-                "named": photos.classes[named[i]],
+                "file": validation.files[i],
+                "label": classes[labels[i]],
+                "named": classes[named[i]],
                 "probability": sure[i],
             }
         )

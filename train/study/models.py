@@ -6,9 +6,9 @@ import numpy as np
 
 from train.document import Document
 from train.metrics import Bin
+from train.page import percent
 from train.plots import plot_calibration, plot_confusion, plot_curves
 from train.record import read_json
-from train.run_report import percent
 from train.study.findings import Findings
 from train.study.modifications import MODIFICATIONS
 from train.study.plots import plot_depth

@@ -12,9 +12,8 @@ from typing import Any
 from train.document import Document
 from train.files import unwritable, write_atomically
 from train.metrics import Z
-from train.page import NoteKind
+from train.page import NoteKind, percent
 from train.record import write_json
-from train.run_report import percent
 from train.study.findings import Findings
 from train.study.models import write_classes, write_pictures, write_stages
 from train.study.plots import plot_cost

@@ -8,11 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from train.files import write_atomically
-from train.plots import GRID, INK, SOFT, png, style_axes
-
-# told apart by colour-blind readers (Okabe and Ito); dashes tell the rest
-COLOURS = ("#22578f", "#c8672b", "#2f7d55", "#8a2f5a", "#7a6a1f", "#5b5b5b")
-DASHES = ("-", "--", ":", "-.")
+from train.plots import COLOURS, DASHES, GRID, INK, SOFT, png, style_axes
 
 
 def plot_cost(

@@ -2,6 +2,7 @@
 measures.json and validation.csv, or failure.json."""
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from train.errors import CheckpointError
 from train.record import read_json, read_jsonl
+from train.validation import Validation, read_validation
 
 OUTCOMES = (
     "best_val_accuracy",
@@ -21,6 +24,7 @@ OUTCOMES = (
     "final_train_loss",
 )
 COSTS = ("flops", "images_per_second", "training_seconds", "peak_memory_bytes")
+CHECKED = ("split.csv", "validation.csv", "pictures.json")  # whose SHA-256 is in measures.json
 COLUMNS = (
     "run",
     "model",
@@ -41,22 +45,6 @@ COLUMNS = (
     "precision",
     "commit",
 )
-
-
-@dataclass(frozen=True)
-class Validation:
-    """validation.csv: files [N], labels int64 [N], pictures str [N], probability [N, K]."""
-
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    labels: np.ndarray
-    pictures: np.ndarray
-    probability: np.ndarray
-
-    @property
-    def right(self) -> np.ndarray:
-        """bool [N]."""
-        return self.probability.argmax(axis=1) == self.labels
 
 
 @dataclass(frozen=True)
@@ -81,8 +69,7 @@ class Run:
 
     @cached_property
     def validation(self) -> Validation | None:
-        path = self.folder / "validation.csv"
-        return read_validation(path) if self.summary and path.is_file() else None
+        return read_validation(self.folder) if self.summary else None
 
     def value(self, name: str) -> float | None:
         """An outcome or a cost."""
@@ -96,28 +83,39 @@ def read_run(name: str, folder: Path) -> Run:
     if not (folder / "summary.json").is_file():
         failure = folder / "failure.json"
         return Run(name, folder, reason=read_json(failure)["reason"] if failure.is_file() else "-")
-    measures = folder / "measures.json"
-    epochs = {row["epoch"]: row for row in read_jsonl(folder / "metrics.jsonl")}
-    return Run(
-        name,
-        folder,
-        read_json(folder / "summary.json"),
-        read_json(measures) if measures.is_file() else {},
-        tuple(epochs[epoch] for epoch in sorted(epochs)),  # one is told twice after a crash
-    )
+    measures, summary = folder / "measures.json", read_json(folder / "summary.json")
+    measured, history = read_json(measures) if measures.is_file() else {}, ()
+    try:
+        epochs = {row["epoch"]: row for row in read_jsonl(folder / "metrics.jsonl")}
+        history = tuple(epochs[epoch] for epoch in sorted(epochs))  # told twice after a crash
+        run = Run(name, folder, summary, measured, history)
+        numbers = [run.value(one) for one in (*OUTCOMES, *COSTS)]
+        numbers += [summary["parameters"], *map(summary["split"].get, ("train", "validation"))]
+        whole = all(one is None or isinstance(one, int | float) for one in numbers)
+        whole &= len(history) == summary["epochs"]
+        _checked_files(folder, measured)
+        _row(run)
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"summary.json, metrics.jsonl or measures.json in {folder} lacks what a study reads: "
+            "remove the folder, and the study trains that run again"
+        )
+    return run
 
 
-def read_validation(path: Path) -> Validation:
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        header, *rows = csv.reader(stream)
-    classes = tuple(name.removeprefix("p:") for name in header[3:])
-    return Validation(
-        classes,
-        tuple(row[0] for row in rows),
-        np.array([classes.index(row[1]) for row in rows]),
-        np.array([row[2] for row in rows]),
-        np.array([[float(cell) for cell in row[3:]] for row in rows]),
-    )
+def _checked_files(folder: Path, measures: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a file that is another than the one `measures` was written with."""
+    for name in CHECKED:
+        path, digest = folder / name, measures.get("files", {}).get(name)
+        if digest is None:
+            continue
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            raise CheckpointError(
+                f"{path} is missing or damaged: remove measures.json beside it, and the study "
+                "measures the run again"
+            )
 
 
 def results_csv(runs: Sequence[Run]) -> bytes:
@@ -126,7 +124,7 @@ def results_csv(runs: Sequence[Run]) -> bytes:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(_row(run) for run in runs)
-    return text.getvalue().encode()
+    return text.getvalue().encode("utf-8", "replace")
 
 
 def _row(run: Run) -> dict[str, Any]:

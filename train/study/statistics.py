@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from train.metrics import wilson
+from train.metrics import share_interval
 
 LEVEL = 0.95
 DRAWS, FEWEST = 2000, 200  # of a bootstrap; of large sets fewer, which vary less
@@ -122,22 +122,13 @@ def class_intervals(
         ]
         found.append(
             {
-                "precision": _share_interval(true, clusters, named),
-                "recall": _share_interval(named, clusters, true),
+                "precision": share_interval(true, clusters, named),
+                "recall": share_interval(named, clusters, true),
                 "f1": percentile_interval(_ratio(2 * hits, images + count)),
                 "auc": percentile_interval(np.mean(areas, axis=0)),
             }
         )
     return found
-
-
-def _share_interval(
-    hits: np.ndarray, clusters: np.ndarray, among: np.ndarray
-) -> tuple[float, float] | None:
-    if not among.any():
-        return None
-    trials = len(np.unique(clusters[among]))
-    return wilson(float(hits[among].mean()) * trials, trials)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

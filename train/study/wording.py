@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from train.run_report import percent
+from train.page import percent
 from train.study.findings import Findings
 from train.study.results import COSTS
 from train.study.statistics import Mean

@@ -49,7 +49,7 @@ class Job:
         return why["reason"], why["exit_code"]
 
     def epochs_done(self) -> int:
-        return len({line["epoch"] for line in read_jsonl(self.folder / "metrics.jsonl")})
+        return len({line.get("epoch") for line in read_jsonl(self.folder / "metrics.jsonl")})
 
     def to_do(self) -> tuple[str, ...]:
         """The flags that begin the run, or go on with it. A folder in which no epoch was finished
