@@ -9,7 +9,6 @@ bulk-copy instructions. The command fails on a spill, on too much shared memory,
 without matrix instructions, and on a compile error.
 """
 
-import argparse
 import json
 import multiprocessing
 import re
@@ -33,6 +32,7 @@ from kernels import launch
 from kernels.spec import KernelSpec, Shape
 from profiling.roofline import ARCHS, H200, Arch, blocks_per_multiprocessor, floor_us
 from profiling.rows import read
+from train.arguments import Parser
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BATCHES = (32, 256)
@@ -414,12 +414,14 @@ def _by_batch(values: dict[str, float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.aot", description=__doc__)
+    parser = Parser("profiling.aot", __doc__)
     parser.add_argument("--arch", default=",".join(ARCHS), help="comma separated; default: all")
     parser.add_argument("--kernel", default="", help="rooms, comma separated; default: all")
     parser.add_argument("--quick", action="store_true", help="bfloat16, first and last shape only")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that compile (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if launch.INTERPRET or launch.TRITON_MISSING:
         parser.error("needs Triton's compiler: install triton and unset TRITON_INTERPRET")

@@ -9,13 +9,13 @@ whatever the interval says: samples of one process do not know what the next pro
 Exit code 1 when something is slower or no longer computes the right numbers, else 0.
 """
 
-import argparse
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from profiling import agree, rows
+from train.arguments import Parser
 
 LEAST = 0.02
 JOB = ("device", "model", "mode", "batch", "image_size", "shape", "dtype", "provider")
@@ -107,7 +107,7 @@ def load(path: Path) -> list[rows.Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.compare", description=__doc__)
+    parser = Parser("profiling.compare", __doc__)
     parser.add_argument("before", type=Path, help="folder or CSV file")
     parser.add_argument("after", type=Path, help="folder or CSV file")
     parser.add_argument("--least", type=float, default=LEAST, help="smaller changes are noise")

@@ -9,7 +9,6 @@ Of every plan of the trunk: launches, bytes through them and bytes kept for the 
 counts anew.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from kernels import launch
 from models.layers import run_trunk
 from models.trunk import PLANS
 from profiling import aot
+from train.arguments import Parser
 
 BASELINE = aot.RESULTS / "counts.json"
 ARCH = "sm_90"
@@ -126,9 +126,11 @@ def triton_version() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.counts", description=__doc__)
+    parser = Parser("profiling.counts", __doc__)
     parser.add_argument("--renew", action="store_true", help=f"write {BASELINE.name} anew")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="processes that compile (%(default)s)"
+    )
     args = parser.parse_args(argv)
     if launch.INTERPRET or launch.TRITON_MISSING:
         parser.error("needs Triton's compiler: install triton and unset TRITON_INTERPRET")

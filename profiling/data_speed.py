@@ -10,7 +10,6 @@ strength; ours and torchvision's rotate too. The split is no part of it. results
 go to DIR.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from kernels import timing
 from kernels.timing import Sampler, Timing
 from profiling import rows
+from train.arguments import Parser
 from train.data import Loader, Photos, load_images, open_photos
 from train.data.augment import MEAN, STD, STRENGTHS
 from train.data.cache import square
@@ -318,11 +318,18 @@ def _seconds(found: Timing, count: int = 1) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.data_speed", description=__doc__)
+    parser = Parser("profiling.data_speed", __doc__)
     parser.add_argument("--data", nargs="+", required=True, help="folders of photos")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of results.csv and summary.md"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        help="height and width of the images in pixels (%(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=16, help="images a batch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of everything")
     options = parser.parse_args(argv)
     # Pillow warns of palettes once a photo, in every process

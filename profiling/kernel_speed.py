@@ -31,6 +31,7 @@ from kernels.spec import Cost, Inputs, KernelSpec, Shape
 from profiling import agree, rows
 from profiling.pictures import draw_roofline
 from profiling.roofline import Roofs, floor_us, roofs_of
+from train.arguments import Parser
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 BASELINE = "reference"
@@ -270,19 +271,25 @@ def describe(row: rows.Row) -> str:
 def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    parser = argparse.ArgumentParser(prog="python -m profiling.kernel_speed", description=__doc__)
+    parser = Parser("profiling.kernel_speed", __doc__)
     names = [spec.name for spec in kernels.KERNELS]
     everywhere = list(PROVIDERS) if cuda else [BASELINE, "compile"]
     parser.add_argument("--kernel", default=",".join([*names, "cudnn"]), help="comma separated")
-    parser.add_argument("--batch", default="32,256" if cuda else "32")
+    parser.add_argument(
+        "--batch", default="32,256" if cuda else "32", help="images, comma separated (%(default)s)"
+    )
     parser.add_argument("--dtype", default="bfloat16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--providers", default=",".join(everywhere))
+    parser.add_argument(
+        "--providers", default=",".join(everywhere), help="comma separated (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=21, help="most samples of each provider")
     parser.add_argument("--seconds", type=float, default=5.0, help="limit of a timing")
     parser.add_argument("--minutes", type=float, default=60.0 if cuda else 3.0,
                         help="no new shape is begun later")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="numerics only, nothing is timed")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of results.csv and roofline.png"
+    )
     args = parser.parse_args(argv)
     for flag, value, known in (
         ("--kernel", args.kernel, [*names, "cudnn"]),

@@ -11,7 +11,6 @@ Without a GPU Nsight Systems sees the ranges alone; --kineto, and any machine wi
 with torch.profiler instead, and keeps its Chrome trace with --trace FILE (for ui.perfetto.dev).
 """
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -37,6 +36,7 @@ from profiling.ranges import Trace
 from profiling.rows import ROOT
 from profiling.traces import read_chrome, read_sqlite
 from profiling.window import CAPTURE, Kineto, Settings
+from train.arguments import Parser
 from train.errors import LapisError
 
 PLACES = ("/opt/nvidia/nsight-systems", "/usr/local/cuda/bin", "/usr/lib/nsight-systems/bin")
@@ -178,11 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def profile(own: list[str], flags: list[str], command: str) -> None:
     """The job that the flags before and after `--` describe. Raises LapisError."""
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling.nsys",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("profiling.nsys", __doc__)
     window.add_settings(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/profile"), help="folder to write (%(default)s)"

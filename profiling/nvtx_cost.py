@@ -5,7 +5,6 @@ is too little to be seen that way, off against no ranges at all, is the time of 
 their number in a step.
 """
 
-import argparse
 import sys
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from kernels.timing import Sampler, loop_sampler, measure, speedup
 from models import build_model
 from profiling import nvtx
+from train.arguments import Parser
 from train.config import OptimConfig
 from train.data.loader import Batch
 from train.training import Training
@@ -20,10 +20,15 @@ from train.training import Training
 
 def main(argv: list[str] | None = None) -> int:
     """Print both costs; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.nvtx_cost", description=__doc__)
-    parser.add_argument("--model", default="micro_resnet")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=32)
+    parser = Parser("profiling.nvtx_cost", __doc__)
+    parser.add_argument("--model", default="micro_resnet", help="network (%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="images a step (%(default)s)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=32,
+        help="height and width of the images in pixels (%(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=201, help="samples of each, taking turns")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from profiling.ranges import Row, Summary, Trace, difference, summarise
 from profiling.timeline import plot_profile
-from train.errors import DataError
+from train.errors import FOREIGN, DataError
 from train.page import Page
 from train.profile_section import INDENT, add_profile
-from train.record import write_json
+from train.record import opened, write_json
 
 
 def write_profile(folder: Path, trace: Trace, source: str) -> Summary:
@@ -27,8 +27,8 @@ def read_profile(folder: Path) -> Summary:
     """The summary in a folder. Raises DataError when there is none."""
     path = folder / "profile.json"
     try:
-        return Summary.from_dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Summary.from_dict(opened(json.loads(path.read_bytes())))
+    except FOREIGN as error:
         raise DataError(
             f"{path} is no profile: run `python -m profiling.nsys --out {folder} -- ...` first"
         ) from error

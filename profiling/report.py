@@ -7,8 +7,6 @@ Reads results.csv (`profiling.speed`, `profiling.kernel_speed`), roofs.json, ste
 profile.png (`profiling.nsys`) and the committed results; writes report.html and summary.md.
 """
 
-import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,9 +17,12 @@ from profiling import rows
 from profiling.pictures import draw_history
 from profiling.report_networks import add_memory, add_networks, ratio_cell
 from profiling.report_rooms import add_rooms
+from profiling.suite import Outcome, read_outcomes
 from profiling.verdict import VERBS, Job, jobs_of, number, standings, verdict
+from train.arguments import Parser
 from train.document import Document
 from train.errors import DataError, LapisError
+from train.record import read_json
 
 RESULTS = rows.ROOT / "profiling" / "results"
 
@@ -45,7 +46,8 @@ def write(folder: Path) -> None:
     if jobs:
         add_networks(document, jobs, found)
         add_memory(document, jobs)
-    add_rooms(document, measured, _json(folder / "roofs.json"), _wrong_rooms(folder))
+    roofs = folder / "roofs.json"
+    add_rooms(document, measured, read_json(roofs) if roofs.exists() else {}, _wrong_rooms(folder))
     _others(document, measured)
     _plans(document, _choices(folder, devices))
     if (folder / "profile.png").exists():
@@ -79,7 +81,8 @@ def _others(document: Document, measured: list[rows.Row]) -> None:
 
 def _wrong_rooms(folder: Path) -> set[str]:
     """Rooms whose numerics step in the suite did not end well: no speed-up is told of them."""
-    ended = _json(folder / "steps.json").get("numerics", {}).get("detail", {})
+    numerics = read_outcomes(folder).get("numerics")
+    ended = numerics.detail if numerics else {}
     return {name for name, line in ended.items() if line.startswith(("exit", "out of time"))}
 
 
@@ -168,29 +171,25 @@ def _origin(document: Document, folder: Path, measured: list[rows.Row]) -> None:
     path = folder / rows.COMMANDS
     if path.exists():
         document.command(path.read_text().strip())
-    steps = _json(folder / "steps.json")
+    steps = read_outcomes(folder)
     if steps:
         document.table(
             ("step of the suite", "status", "seconds", "numerics of the rooms"),
             [
-                (name, step["status"], f"{step['seconds']:g}", _numerics(name, step))
+                (name, step.status, f"{step.seconds:g}", _numerics(name, step))
                 for name, step in steps.items()
             ],
         )
 
 
-def _numerics(name: str, step: dict) -> str:
+def _numerics(name: str, step: Outcome) -> str:
     if name != "numerics":
         return ""
-    return "; ".join(f"{room}: {line}" for room, line in step["detail"].items())
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return "; ".join(f"{room}: {line}" for room, line in step.detail.items())
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.report", description=__doc__)
+    parser = Parser("profiling.report", __doc__)
     parser.add_argument("folder", type=Path, help="where the results lie")
     folder = parser.parse_args(argv).folder
     try:

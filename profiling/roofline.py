@@ -5,7 +5,7 @@ A floor is the time below which no kernel of that cost can go: the larger of byt
 and FLOPs / matrix rate.
 """
 
-import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -15,6 +15,9 @@ import torch
 
 from kernels import timing
 from kernels.spec import Cost
+from train.arguments import Parser
+from train.errors import FOREIGN
+from train.record import opened, write_json
 
 
 @dataclass(frozen=True)
@@ -113,18 +116,18 @@ def _copy(count: int, device: torch.device) -> timing.Call:
 def roofs_of(folder: Path, device: torch.device) -> Roofs:
     """The roofs in `folder`/roofs.json if they are this device's, else measured and put there."""
     path = folder / "roofs.json"
-    if path.exists():
-        roofs = Roofs(**json.loads(path.read_text()))
+    with contextlib.suppress(*FOREIGN):  # else it is measured anew
+        roofs = Roofs(**opened(json.loads(path.read_text())))
         if roofs.device == timing.place(device)["device"]:
             return roofs
     roofs = measure_roofs(device)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(roofs), indent=1))
+    write_json(path, asdict(roofs))
     return roofs
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m profiling.roofline", description=__doc__)
+    parser = Parser("profiling.roofline", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of roofs.json")
     out = parser.parse_args(argv).out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

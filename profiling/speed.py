@@ -10,8 +10,10 @@ each turn with the 95 % interval of a bootstrap over turns; one whose numbers ar
 """
 
 import argparse
+import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from itertools import product
@@ -32,6 +34,7 @@ from profiling.providers import (
     make_job,
 )
 from profiling.turns import Contestant, Facts, Failed, save_job
+from train.arguments import Parser
 
 MODES = ("train", "infer")
 YARDSTICK = eager_amp_channels_last
@@ -43,11 +46,18 @@ def default_baseline(device: torch.device) -> Provider:
 
 
 def measure_job(
-    job: Job, baseline: Provider, providers: tuple[Provider, ...], rounds: int, seconds: float
+    job: Job,
+    baseline: Provider,
+    providers: tuple[Provider, ...],
+    rounds: int,
+    seconds: float,
+    until: float = math.inf,
 ) -> Iterator[rows.Row]:
     """One row a provider (at most `rounds` samples, about `seconds` a turn of timing); one that
     fails says why in its row. On a GPU each is timed with the baseline alone, for memory's sake.
 
+    until: when, by `time.perf_counter`, the last row should be there. Who is not ready in time is
+        left out: where all take turns, in half of it.
     Raises Failed when the baseline or the reference cannot be run, or the baseline is wrong.
     """
     place = rows.environment(job.device) | {
@@ -70,7 +80,7 @@ def measure_job(
             raise Failed(f"a ratio to wrong numbers is none: {numerics}")
         for group in groups:
             for provider, row in _measure_group(
-                job, (baseline, base), group, file, (truth, yardstick), rounds, seconds
+                job, (baseline, base), group, file, (truth, yardstick), rounds, seconds, until
             ):
                 yield place | {"provider": provider.__name__} | row
 
@@ -83,16 +93,21 @@ def _measure_group(
     known: tuple[dict[str, Tensor], dict[str, Tensor]],
     rounds: int,
     seconds: float,
+    until: float,
 ) -> Iterator[tuple[Provider, rows.Row]]:
     """Rows of providers that take turns with each other and the baseline."""
     base, contestant = baseline
     truth, yardstick = known
     running, numerics = {base: contestant}, {}
+    now = time.perf_counter()
+    ready_by = now + (0.5 * (until - now) if len(providers) > 1 else until - now - seconds)
     with ExitStack() as stack:
         for provider in _bar(providers, "preparing"):
             try:
                 if provider is not base:
-                    running[provider] = stack.enter_context(Contestant(provider, file))
+                    if (limit := _left(ready_by)) == 0:
+                        raise Failed("out of time: not begun")
+                    running[provider] = stack.enter_context(Contestant(provider, file, limit))
                 numerics[provider] = agree.verdict(running[provider].outputs(), yardstick, truth)
             except Failed as reason:
                 running.pop(provider, None)
@@ -105,7 +120,7 @@ def _measure_group(
                     one.__name__: timing.Sampler(_ticking(it.sample, bar), it.facts.method)
                     for one, it in running.items()
                 }
-                found = timing.measure(samplers, rounds, seconds)
+                found = timing.measure(samplers, rounds, min(seconds, until - time.perf_counter()))
             joules = {provider: running[provider].joules() for provider in numerics}
         except Failed as reason:  # whose it was cannot be told from the samples of the others
             yield from ((one, {"numerics": f"{reason} in the timing"}) for one in numerics)
@@ -117,6 +132,11 @@ def _measure_group(
                 ratio = timing.speedup(found[base.__name__], us)
                 row |= dict(zip(("speedup", "speedup_low", "speedup_high"), ratio, strict=True))
             yield provider, row | {"numerics": verdict}
+
+
+def _left(until: float) -> float | None:
+    """Seconds until then, None for ever."""
+    return None if until == math.inf else max(0.0, until - time.perf_counter())
 
 
 def _bar(things: Iterable, what: str) -> tqdm:
@@ -183,15 +203,26 @@ def pick(names: str) -> tuple[Provider, ...]:
 def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    parser = argparse.ArgumentParser(prog="python -m profiling.speed", description=__doc__)
+    parser = Parser("profiling.speed", __doc__)
     parser.add_argument("--model", default="resnet34", help="names, comma separated")
     parser.add_argument("--batch", default="32,256" if cuda else "32", help="comma separated")
     parser.add_argument("--mode", default="train,infer", help="train, infer or both")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        help="height and width of the images in pixels (%(default)s)",
+    )
     parser.add_argument("--providers", default="", help="comma separated; default: all")
-    parser.add_argument("--baseline", default=default_baseline(device).__name__)
+    parser.add_argument(
+        "--baseline",
+        default=default_baseline(device).__name__,
+        help="whom the others are compared with (%(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=21, help="most samples of each provider")
     parser.add_argument("--seconds", type=float, default=60.0, help="limit of a timing")
+    parser.add_argument("--minutes", type=float, default=60.0 if cuda else 9.0,
+                        help="for all together; who is not ready in time is left out")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of results.csv")
     args = parser.parse_args(argv)
     try:
@@ -201,13 +232,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if len(baselines) != 1:
         parser.error("--baseline: one provider, so that every ratio has the same denominator")
-    for model, batch, mode in jobs:
+    end = time.perf_counter() + 60 * args.minutes
+    for done, (model, batch, mode) in enumerate(jobs):
+        now = time.perf_counter()
+        until = now + (end - now) / (len(jobs) - done)
         print(f"{model}, {mode}, batch {batch}, {args.image_size} px on {device.type}", flush=True)
         try:
             job = make_job(model, mode, batch, args.image_size, device)
             if cuda:
                 torch.cuda.empty_cache()  # the processes need it
-            for row in measure_job(job, baselines[0], providers, args.rounds, args.seconds):
+            limits = (args.rounds, args.seconds, until)
+            for row in measure_job(job, baselines[0], providers, *limits):
                 rows.append(args.out / "results.csv", row)
                 print("  " + describe(row), flush=True)
         except Failed as reason:

@@ -11,7 +11,6 @@ itself. After every step the results so far lie in DIR (results.csv, steps.json,
 Started again on the same DIR it goes on with what is missing.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,7 +27,11 @@ import torch
 
 import kernels
 from profiling.rows import ROOT
-from train.files import write_atomically
+from train.arguments import Parser
+from train.errors import FOREIGN, DataError
+from train.record import opened, write_json
+
+STEPS = "steps.json"
 
 REPORT_SECONDS = 60.0
 
@@ -63,6 +66,21 @@ class Outcome:
     status: str
     seconds: float
     detail: dict[str, str]
+
+
+def read_outcomes(folder: Path) -> dict[str, Outcome]:
+    """How the steps of a suite ended, by name. Raises DataError for a damaged file."""
+    path = folder / STEPS
+    try:
+        found = opened(json.loads(path.read_bytes())) if path.exists() else {}
+        outcomes = {name: Outcome(**fields) for name, fields in found.items()}
+        for one in outcomes.values():
+            whole = isinstance(one.status, str) and isinstance(one.detail, dict)
+            if not whole or not isinstance(one.seconds, int | float):
+                raise TypeError("an outcome of other types")
+    except FOREIGN as error:
+        raise DataError(f"{path} is damaged ({error!r}): remove it, and measure again") from error
+    return outcomes
 
 
 def steps(settings: Settings) -> list[Step]:
@@ -121,7 +139,7 @@ def _cpu_steps(settings: Settings) -> list[Step]:
         _roofs(settings),
         _speed(settings, 0.65, "train", batch, ""),  # most of it compiles, or is float32
         _speed(settings, 0.3, "infer", batch, ""),
-        _rooms(settings, 0.25, "rooms", names, batch, "reference,compile"),
+        _rooms(settings, 0.2, "rooms", names, batch, "reference,compile"),
     ]
 
 
@@ -139,6 +157,7 @@ def _speed(settings: Settings, share: float, mode: str, batch: str, providers: s
         *("--image-size", str(settings.image_size), *_rounds(settings)),
         *("--out", str(settings.out)),
         *("--seconds", "10" if settings.cuda else "40"),
+        *("--minutes", f"{0.85 * share * settings.minutes:.2f}"),
         *(["--providers", providers] if providers else []),
     ]
     label = providers.split(",")[-1] or "all"
@@ -216,15 +235,27 @@ def _end(process: subprocess.Popen) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(prog="python -m profiling.suite", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0 if cuda else 9.0)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = Parser("profiling.suite", __doc__)
+    parser.add_argument(
+        "--minutes", type=float, default=8.0 if cuda else 9.0, help="for all together (%(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the results; one that holds some is gone on with",
+    )
     parser.add_argument("--only", help="steps whose name begins so, also when done before")
-    parser.add_argument("--model", default="resnet34")
+    parser.add_argument("--model", default="resnet34", help="network (%(default)s)")
     parser.add_argument(
         "--batches", default="32,256" if cuda else "32", help="a small, a large one"
     )
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        help="height and width of the images in pixels (%(default)s)",
+    )
     parser.add_argument("--rounds", type=int, help="most samples; default: each command's own")
     args = parser.parse_args(argv)
     out = args.out.resolve()
@@ -232,9 +263,10 @@ def main(argv: list[str] | None = None) -> int:
         out, args.minutes, args.model, args.batches, args.image_size, args.rounds, cuda
     )
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "steps.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    outcomes = {name: Outcome(**outcome) for name, outcome in before.items()}
+    try:
+        outcomes = read_outcomes(out)
+    except DataError as error:
+        parser.error(str(error))
     schedule = steps(settings)
     todo = [step for step in schedule if _wanted(step, args.only, outcomes)]
     if not todo:
@@ -250,8 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         limit = min(left, max(step.share * total, REPORT_SECONDS))
         outcomes[step.name] = ended = run_step(step, limit, out / "suite.log")
-        done = {name: asdict(outcome) for name, outcome in outcomes.items()}
-        write_atomically(path, json.dumps(done, indent=1).encode())
+        write_json(out / STEPS, {name: asdict(outcome) for name, outcome in outcomes.items()})
         print(f"{step.name}: {ended.status}, {ended.seconds} s", flush=True)
         for name, line in ended.detail.items():
             print(f"    {name}: {line}", flush=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from profiling.nvtx import DOMAIN
 from profiling.ranges import Kernel, Range, Trace
-from train.errors import DataError
+from train.errors import FOREIGN, DataError
 
 PUSH_POP, DOMAIN_CREATED = 59, 75  # NVTX_EVENTS.eventType
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a Chrome trace
@@ -82,9 +82,12 @@ def _kernels(
 def read_chrome(path: Path) -> Trace:
     """What torch.profiler exported. Raises DataError when it is no such file."""
     try:
-        events = json.loads(path.read_bytes())["traceEvents"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _chrome_trace(json.loads(path.read_bytes())["traceEvents"])
+    except FOREIGN as error:
         raise DataError(f"{path} is no trace of torch.profiler: profile again") from error
+
+
+def _chrome_trace(events: list[dict[str, Any]]) -> Trace:
     spans = [event for event in events if event.get("ph") == "X"]
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in spans:

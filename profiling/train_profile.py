@@ -6,7 +6,6 @@ trains as `train.run` does with these flags; torch.profiler records some steps a
 and report.html of the run shows the table and the picture of them.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,17 +15,14 @@ from profiling.profile_files import describe, write_profile
 from profiling.traces import read_chrome
 from profiling.window import Kineto, Window
 from train import run
+from train.arguments import Parser
 from train.errors import DataError, LapisError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train and profile; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m profiling.train_profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("profiling.train_profile", __doc__)
     window.add_settings(parser)
     try:
         own, flags = window.split_flags(words, "profiling.train_profile")

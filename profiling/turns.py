@@ -40,9 +40,9 @@ class Facts:
 
 class Contestant:
     """A provider at work in a process of its own; use as a context. Raises Failed, with the reason,
-    when the provider is unavailable, raises or dies."""
+    when the provider is unavailable, raises, dies or is not ready within `seconds`."""
 
-    def __init__(self, provider: Provider, job_file: Path) -> None:
+    def __init__(self, provider: Provider, job_file: Path, seconds: float | None = None) -> None:
         context = multiprocessing.get_context(METHOD)
         if METHOD == "forkserver":
             context.set_forkserver_preload(["profiling.turns"])
@@ -53,6 +53,9 @@ class Contestant:
         self._process.start()
         theirs.close()
         try:
+            if not self._pipe.poll(seconds):
+                self._process.kill()  # busy compiling: it would not hear that we hang up
+                raise Failed(f"out of time: not ready after {seconds:.0f} s")
             self.facts: Facts = self._reply()
         except BaseException:
             self.close()

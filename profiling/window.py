@@ -18,6 +18,7 @@ import torch
 
 from profiling import nvtx
 from train import run
+from train.arguments import Parser
 from train.errors import LapisError, UsageError
 from train.graphs import CapturedStep
 from train.loop import Listener
@@ -207,9 +208,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def main(argv: list[str] | None = None) -> int:
     """Train through the window; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m profiling.window", description=__doc__)
+    parser = Parser("profiling.window", __doc__)
     add_settings(parser)
-    parser.add_argument("--capture", choices=("cuda", "nvtx"), required=True)
+    parser.add_argument(
+        "--capture",
+        choices=("cuda", "nvtx"),
+        required=True,
+        help="what begins and ends the recording: CUDA's profiler calls, or a range",
+    )
     try:
         words = sys.argv[1:] if argv is None else argv
         own, flags = split_flags(words, "profiling.window --capture nvtx")

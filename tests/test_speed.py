@@ -2,6 +2,8 @@
 speed-up is told."""
 
 import os
+import re
+import time
 
 import pytest
 import torch
@@ -102,12 +104,31 @@ def test_one_that_dies_while_it_is_timed_says_so(job):
     assert "us_per_image" not in row
 
 
+def slow_to_start(job):
+    time.sleep(60)
+
+
+def test_one_that_is_not_ready_in_time_is_left_out_and_the_others_are_timed(job):
+    wanted = (providers.eager_amp, slow_to_start, providers.ours)
+    until = time.perf_counter() + 30
+    found = list(speed.measure_job(job, providers.eager_float32, wanted, 2, 1.0, until))
+    assert time.perf_counter() < until + 10
+    rows_of = {row["provider"]: row for row in found}
+    assert rows_of["eager_amp"]["speedup"] > 0
+    assert re.fullmatch(r"out of time: not ready after \d+ s", rows_of["slow_to_start"]["numerics"])
+    assert rows_of["ours"]["numerics"].startswith("out of time")
+
+
 def test_the_baseline_is_one_provider(tmp_path, capsys):
-    for flags in (("--baseline", "eager_amp,ours"), ("--providers", "cutlass"), ("--mode", "eval")):
+    for flags, word in (
+        (("--baseline", "eager_amp,ours"), "--baseline: one provider"),
+        (("--providers", "cutlass"), "'cutlass'"),
+        (("--mode", "eval"), "'eval'"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             speed.main([*flags, "--out", str(tmp_path)])
         assert stopped.value.code == 2
-        assert any(word in capsys.readouterr().err for word in ("--baseline", "cutlass", "eval"))
+        assert word in capsys.readouterr().err
 
 
 def test_a_check_starts_from_the_common_weights_however_many_steps_went_before(job):

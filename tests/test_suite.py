@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from profiling import kernel_speed, roofline, rows, suite
+from train.record import read_json
 
 TINY = ("--model", "micro_resnet", "--image-size", "32")
 
@@ -97,9 +98,9 @@ def test_the_suite_resumes_reports_and_keeps_what_it_has(tmp_path, monkeypatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = [*TINY, "--batches", "2", "--rounds", "2", "--minutes", "5", "--out", str(tmp_path)]
     assert suite.main([*flags, "--only", "flaky"]) == 0
-    assert json.loads((tmp_path / "steps.json").read_text())["flaky"]["status"] == "failed"
+    assert read_json(tmp_path / "steps.json")["flaky"]["status"] == "failed"
     assert suite.main(flags) == 0
-    ended = json.loads((tmp_path / "steps.json").read_text())
+    ended = read_json(tmp_path / "steps.json")
     assert {name: one["status"] for name, one in ended.items()} == dict.fromkeys(ended, "ok")
     assert set(ended) == {"flaky", *names}
     capsys.readouterr()
