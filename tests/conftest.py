@@ -59,10 +59,14 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """PyTorch's own generator starts alike in every test, whatever ran before in the process."""
+    """PyTorch's own generator starts alike in every test, whatever ran before in the process, and
+    the threads that a run has set are its own: another number of them rounds otherwise."""
     import torch
 
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

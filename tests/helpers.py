@@ -1,10 +1,14 @@
 """What the room tests share: the two-error rule and running a function with all its gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from train.config import DEFAULT
+
+SGD = replace(DEFAULT.optim, optimizer="sgd", lr=0.03, weight_decay=5e-4)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # what a gradient [N, C, H, W] can look like in memory when it arrives

@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
-from train.config import DEFAULT
+from tests.helpers import SGD
 from train.data.loader import Batch
 from train.step import TrainingStep, class_weights
 from train.training import Training
 
 
 def step_with(loss: str, counts=(80, 15, 5), smoothing: float = 0.0) -> TrainingStep:
-    config = replace(DEFAULT.optim, loss=loss, label_smoothing=smoothing)
+    config = replace(SGD, loss=loss, label_smoothing=smoothing)
     model = torch.nn.Linear(4, len(counts))
-    return TrainingStep(model, config, None, torch.tensor(0.1), class_weights=class_weights(counts))
+    return TrainingStep(model, config, None, class_weights=class_weights(counts))
 
 
 def drawn():
@@ -52,7 +52,7 @@ def test_cross_entropy_takes_no_notice_of_the_counts():
 def test_they_train_under_mixup(loss):
     torch.manual_seed(0)
     model = build_model("micro_resnet", 3, stem="small").train()
-    config = replace(DEFAULT.optim, loss=loss, schedule="constant", lr=0.05)
+    config = replace(SGD, loss=loss, schedule="constant", lr=0.05)
     training = Training(
         model, config, total_steps=12, amp_dtype=None, mixup_alpha=0.2, class_counts=(8, 6, 2)
     )

@@ -68,6 +68,42 @@ def test_auc_interval_covers_as_often_as_it_says():
     assert 0.91 <= hits / 400 <= 0.985
 
 
+def test_f1_interval_covers_as_often_as_it_says():
+    """Photos of two classes, of which each network names three quarters right: F1 is 3 / 4."""
+    generator, hits = np.random.default_rng(5), 0
+    for _ in range(400):
+        labels = generator.integers(0, 2, size=80)
+        named = np.where(generator.random(80) < 0.75, labels, 1 - labels)
+        low, high = metrics.score(np.eye(2)[named], labels).per_class[0].f1_interval
+        hits += low <= 0.75 <= high
+    assert 0.92 <= hits / 400 <= 0.985
+
+
+def test_intervals_count_pictures_and_not_their_copies(drawn):
+    probability, labels = metrics.probabilities(drawn[0]), drawn[1]
+    once = metrics.score(probability, labels)
+    copies = [np.concatenate([part] * 5) for part in (probability, labels, np.arange(len(labels)))]
+    assert metrics.score(*copies).accuracy_interval == pytest.approx(once.accuracy_interval)
+    for one, five in zip(once.per_class, metrics.score(*copies).per_class, strict=True):
+        for name in ("precision", "recall", "f1", "auc"):
+            interval = f"{name}_interval"
+            assert getattr(five, interval) == pytest.approx(getattr(one, interval)), name
+    blind = metrics.score(*copies[:2]).per_class[0]
+    assert np.ptp(blind.recall_interval) < np.ptp(once.per_class[0].recall_interval)
+
+
+def test_counts_alone_say_the_same_without_intervals(drawn):
+    found = metrics.score(metrics.probabilities(drawn[0]), drawn[1])
+    for one, counted in zip(found.per_class, metrics.count_scores(found.confusion), strict=True):
+        assert (counted.images, counted.precision, counted.recall, counted.f1) == (
+            one.images,
+            one.precision,
+            one.recall,
+            one.f1,
+        )
+        assert counted.auc is counted.f1_interval is None
+
+
 def test_temperature_of_overconfident_logits_is_found(drawn):
     generator = np.random.default_rng(1)
     logits = 2 * generator.normal(size=(20_000, 5))

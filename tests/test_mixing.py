@@ -11,6 +11,7 @@ from tests.helpers import DEVICE
 from tests.test_graphs import Rerun
 from tests.test_step import OPTIM, Batches, equal, micro_resnet, snapshot, steps, training
 from train.graphs import CapturedStep
+from train.optim import set_rate
 from train.step import TrainingStep, mix
 
 
@@ -79,7 +80,8 @@ def test_a_cutmix_step_is_that_of_the_pasted_pictures_and_shared_labels():
     correct = lam * (top == own).sum() + (1 - lam) * (top == others).sum()
 
     model = micro_resnet().train()
-    step = TrainingStep(model, config, None, torch.tensor(0.1))
+    step = TrainingStep(model, config, None)
+    set_rate(step.optimizer, 0.1)
     found = step(batch.images, own, partner, torch.tensor(1.0), box)
     assert found.tolist() == pytest.approx([loss.item(), correct.item(), 0.0], rel=1e-5)
     for p, q in zip(model.parameters(), truth.parameters(), strict=True):

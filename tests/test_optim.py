@@ -7,10 +7,10 @@ import torch
 from torch.optim import lr_scheduler
 
 from models import build_model
-from train.config import DEFAULT
-from train.optim import LossScale, WeightAverage, build_optimizer, learning_rate
+from tests.helpers import SGD
+from train.optim import LossScale, WeightAverage, build_optimizer, learning_rate, set_rate
 
-OPTIM = replace(DEFAULT.optim, lr=0.7)
+OPTIM = replace(SGD, lr=0.7)
 YES, NO = torch.ones(()), torch.zeros(())
 
 
@@ -50,7 +50,7 @@ def test_a_run_of_one_step_has_a_learning_rate(name):
 
 def test_weight_decay_spares_norms_and_biases():
     model = build_model("micro_resnet")
-    groups = build_optimizer(model, DEFAULT.optim, torch.zeros(())).param_groups
+    groups = build_optimizer(model, SGD).param_groups
     decayed = {id(p) for p in groups[0]["params"]}
     for name, parameter in model.named_parameters():
         assert (id(parameter) in decayed) == (parameter.ndim > 1), name
@@ -62,7 +62,9 @@ def test_a_skipped_first_step_leaves_no_trace(kind):
     config = replace(OPTIM, optimizer=kind)
     models = [torch.nn.Linear(3, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    skipping, plain = (build_optimizer(m, config, torch.tensor(0.1)) for m in models)
+    skipping, plain = (build_optimizer(m, config) for m in models)
+    for optimizer in (skipping, plain):
+        set_rate(optimizer, 0.1)
     for p in models[0].parameters():
         p.grad = torch.full_like(p, torch.nan)
     skipping.found_inf = YES

@@ -12,6 +12,7 @@ from train.config import from_dict, to_dict
 from train.data import open_photos
 from train.data.relabel import only_classes, relabel
 from train.errors import DataError, UsageError
+from train.record import read_json
 
 LABELS = {"bakso": (200, 40, 40), "rendang": (40, 200, 40), "soto": (40, 40, 200)}
 
@@ -156,7 +157,7 @@ def test_a_run_trains_on_the_corrected_labels_and_resumes_with_no_others(
         "bakso/3.png,rendang"
     ]
     assert not [row for row in split if row.startswith("soto/0.png")]
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert config.pop("command")
     assert config["data"]["relabel"] == str(review)
     assert from_dict(config).data.relabel == review

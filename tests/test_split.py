@@ -172,8 +172,9 @@ def test_pictures_are_compared_once_and_remembered(tmp_path, monkeypatch):
         patch.setattr(inputs, "picture_groups", None)
         assert (inputs.pictures_of(squares, photos) == found).all()
     (remembered,) = tmp_path.glob("*.pictures.json")
-    remembered.write_text("[0, 1")
-    assert (inputs.pictures_of(squares, photos) == found).all()
+    for damaged in ("[0, 1", "[0, 1, 2, 3, 4, 5, 6]"):
+        remembered.write_text(damaged)
+        assert (inputs.pictures_of(squares, photos) == found).all()
 
 
 @settings(max_examples=100, deadline=None)

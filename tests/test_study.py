@@ -22,9 +22,9 @@ from train.study.claims import STALE, claim
 from train.study.command import main, model_flags
 from train.study.measure import measure
 from train.study.modifications import MODIFICATIONS
-from train.study.results import read_validation
 from train.study.texts import LANGUAGES, TEXTS
 from train.study.workers import Job, Workers
+from train.validation import read_validation
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 15
@@ -131,7 +131,7 @@ def test_runs_of_a_seed_share_split_and_validation_photos(shared):
         assert len(splits) == 1
         rows = list(csv.DictReader(splits.pop().decode().splitlines()))
         for folder in folders:
-            found = read_validation(folder / "validation.csv")
+            found = read_validation(folder)
             assert list(found.files) == [r["filename"] for r in rows if r["split"] == "val"]
             assert len(set(found.pictures)) < len(found.files) or seed
             summary = json.loads((folder / "summary.json").read_text())
@@ -263,8 +263,12 @@ def test_measured_weights_are_those_the_run_began_with(photos, tmp_path):
         (["--out=x", "--resume=y"], "--resume=y is what a study varies"),
         (["--models", "micro_plain+wings"], "unknown part 'wings'"),
         (["--models", "micro_plain+se+se"], "has se twice"),
+        (["--models", "micro_plain+mixup=many"], "does not take these flags"),
+        (["--models", "micro_plain+seed=3"], "unknown part 'seed=3'"),
         (["--models", "micro_nothing"], "unknown model 'micro_nothing'"),
-        (["--wings"], "does not take these flags for the model"),
+        (["--print-config"], "--print-config is what a study varies or decides"),
+        (["--wings"], "--wings is no flag"),
+        (["--lr", "fast"], "does not take these flags for the model"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--folds", "1"], "at least 2 folds"),
         (["--folds", "0"], "--folds must be at least 1"),
@@ -282,6 +286,14 @@ def test_modifications_are_flags():
     flags = model_flags("resnet34+se+norm=group+drop-path=0.1")
     parsed = run.parse(list(flags)).model
     assert (parsed.se, parsed.norm, parsed.drop_path, parsed.preact) == (True, "group", 0.1, False)
+
+
+def test_ingredients_of_a_recipe_are_compared_too():
+    flags = model_flags("resnet34+mixup=0+se+optimizer=adamw+no-nesterov+weight-decay=5e-2")
+    parsed = run.parse(["--mixup", "0.2", *flags])
+    assert (parsed.model.se, parsed.data.mixup) == (True, 0.0)
+    assert (parsed.optim.optimizer, parsed.optim.weight_decay) == ("adamw", 0.05)
+    assert not parsed.optim.nesterov
 
 
 def test_a_job_is_claimed_once(tmp_path):

@@ -20,6 +20,7 @@ from models.weight_copies import WeightCopies
 from tests.helpers import DEVICE
 from tests.test_step import OPTIM, Batches, equal, snapshot, steps, training
 from train.loop import evaluating, fit
+from train.optim import set_rate
 from train.step import TrainingStep, autocast
 
 CASTS = ("aten._to_copy.default", "aten._foreach_copy_.default", "aten.copy_.default")
@@ -166,8 +167,8 @@ def validated(run):
 
 def other_step(fused):
     def change(run):
-        rate = torch.full((), 0.1, device=DEVICE)
-        step = TrainingStep(run.model, OPTIM, torch.bfloat16, rate, fused)
+        step = TrainingStep(run.model, OPTIM, torch.bfloat16, fused)
+        set_rate(step.optimizer, 0.1)
         step.average.prepare(1)
         step(*Small().batches[0].inputs)
 
