@@ -62,7 +62,17 @@ def test_it_reads_the_bottom_of_a_curve():
     rates = np.geomspace(LOWEST, HIGHEST, STEPS)
     losses = 1.6 - 0.8 * np.exp(-((np.log10(rates) + 1) ** 2))
     found = read(rates.tolist(), losses.tolist())
-    assert found.suggestion == pytest.approx(0.1 / 10, rel=0.1)
+    assert 0.03 / 10 < found.suggestion < 0.1 / 10
+    assert found.losses[found.near] <= 0.9 * 0.8 + 0.1 * 1.6 + 0.01
+
+
+def test_a_long_bottom_counts_from_its_near_end():
+    """A tenth of the far end, where a fraction of 0.1 % is lowest, ended two trainings of five."""
+    rates = np.geomspace(LOWEST, HIGHEST, STEPS)
+    losses = 0.02 + 1.4 / (1 + (rates / 0.05) ** 2) - 1e-3 * np.log10(rates)
+    found = read(rates.tolist(), losses.tolist())
+    assert int(np.argmin(losses)) == STEPS - 1
+    assert 0.1 / 10 < found.suggestion < 0.3 / 10
 
 
 @pytest.mark.parametrize("losses", [[1.6] * STEPS, list(np.linspace(1.6, 3, STEPS)), []])

@@ -73,7 +73,8 @@ TEXTS = {
             "takes: 10 times the rate or more makes 1e-4 enough, less clears the rate."
         ),
         helps=(
-            "The range test, then a rate a little below where its loss turns up (--lr find); "
+            "The range test, then a tenth of the rate that brings its loss near the lowest "
+            "(--lr find); "
             "--schedule onecycle or cyclic, which visit high rates; --momentum 0.9, which makes "
             "steps in a steady direction ten times as long; AdamW, whose steps do not depend on "
             "the gradient's size."
@@ -105,7 +106,8 @@ TEXTS = {
             "1e-4 sudah cukup; bila kurang, rate-nya tidak bersalah."
         ),
         helps=(
-            "Uji rentang, lalu rate sedikit di bawah titik loss berbalik naik (--lr find); "
+            "Uji rentang, lalu sepersepuluh rate yang membawa loss mendekati titik terendahnya "
+            "(--lr find); "
             "--schedule onecycle atau cyclic, yang mengunjungi rate tinggi; --momentum 0.9, yang "
             "membuat langkah searah sepuluh kali lebih panjang; AdamW, yang langkahnya tidak "
             "bergantung pada besar gradien."
