@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -38,7 +39,7 @@ from train.doctor.diagnose import told
 from train.doctor.section import add_section
 from train.doctor.signals import load
 from train.page import Page
-from train.predictor import FILE_KEYS, digest_of, load_trained
+from train.predictor import FILE_KEYS, digest_of, load_trained, onnx_digests
 from train.profile_section import add_profile
 from train.study.claims import claim
 from train.study.command import model_flags
@@ -295,6 +296,33 @@ def safetensors(folder: Path, run: Path) -> Reader:
     return Reader("safetensors", mutate, read)
 
 
+def onnx_program(folder: Path, run: Path) -> Reader:
+    """An exported program, damaged; half of the inputs with a SHA-256 that fits."""
+    path, source = folder / "model.onnx", export.load_source(run)
+    export.export_onnx(source, path)
+    good, program, metadata = path.read_bytes(), onnx.load(path), source.metadata()
+    named, _ = onnx_digests(good)
+
+    def mutate(rng: random.Random) -> tuple[bytes, bool]:
+        kind = rng.random()
+        if kind < 0.5:
+            return bend_bytes(good, rng), True
+        if kind < 0.75:
+            return export.sealed_onnx(bend_bytes(good, rng), named), False
+        key = rng.choice(FILE_KEYS)
+        bent = metadata | {key: bend_json(metadata[key].encode(), rng).decode("latin1")}
+        onnx.helper.set_model_props(program, bent | {"sha256": named})
+        return export.sealed_onnx(program.SerializeToString(), named), False
+
+    def read(case: tuple[bytes, bool]) -> None:
+        data, by_damage = case
+        path.write_bytes(data)
+        load_trained(path, CPU, None)
+        assert data == good or not by_damage, "damage was not noticed"
+
+    return Reader("onnx", mutate, read)
+
+
 def weights(folder: Path, run: Path) -> Reader:
     """Files of others, for --init-from: .pth and .safetensors."""
     model = build_model("micro_resnet", 3)
@@ -471,6 +499,7 @@ READERS: dict[str, tuple[float, Callable[[Path, Path], Reader]]] = {
     "sealed": (8, sealed),
     "trained": (1, trained),
     "safetensors": (2, safetensors),
+    "onnx": (1, onnx_program),
     "weights": (4, weights),
     "signals": (4, signals),
     "study": (4, study),

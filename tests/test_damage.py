@@ -181,6 +181,18 @@ def test_an_exported_network(finished, tmp_path):
     assert refusals(path, read, read(), CheckpointError, 10) > 10
 
 
+def test_an_exported_program(finished, tmp_path):
+    path, source = tmp_path / "model.onnx", export.load_source(finished)
+    export.export_onnx(source, path)
+
+    def read() -> tuple:
+        trained = load_trained(path, CPU, None)
+        logits = trained.forward(source.example(2)).tolist()
+        return trained.classes, trained.config, trained.temperature, logits
+
+    assert refusals(path, read, read(), CheckpointError, 20) == len(CUTS) + 20
+
+
 def test_weights_in_a_pth_file(finished, tmp_path):
     path = tmp_path / "model.pth"
     export.export_state_dict(export.load_source(finished), path)

@@ -20,7 +20,15 @@ from train.record import read_json, read_jsonl, write_json
 from train.study.command import model_flags
 from train.study.results import read_run, results_csv
 
-FEW = {"command": 60, "trained": 40, "safetensors": 60, "study": 60, "signals": 90, "weights": 99}
+FEW = {
+    "command": 60,
+    "trained": 40,
+    "safetensors": 60,
+    "onnx": 60,
+    "study": 60,
+    "signals": 90,
+    "weights": 99,
+}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,14 @@ from train.data.augment import MEAN, STD
 from train.errors import NumericError, UsageError
 from train.files import write_atomically
 from train.inputs import centre_of, stored_size
-from train.predictor import described, digest_of, network, weights_file
+from train.predictor import (
+    SHA256_ENTRY,
+    described,
+    digest_of,
+    network,
+    onnx_digests,
+    weights_file,
+)
 
 TOLERANCE = 1e-4  # of logits, between the network and its ONNX program
 
@@ -114,8 +121,9 @@ def export_onnx(source: Source, out: Path) -> None:
             verbose=False,
         )
         program = onnx.load(path)
-    onnx.helper.set_model_props(program, source.metadata())
-    data = program.SerializeToString()
+    blank = "0" * 64
+    onnx.helper.set_model_props(program, source.metadata() | {"sha256": blank})
+    data = sealed_onnx(program.SerializeToString(), blank)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     images = source.example(3)
     with torch.inference_mode():
@@ -125,6 +133,12 @@ def export_onnx(source: Source, out: Path) -> None:
     if not away <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise NumericError(f"the ONNX program is off by {away:.2g}: nothing was written")
     write_atomically(out, data)
+
+
+def sealed_onnx(data: bytes, named: str) -> bytes:
+    """An ONNX program that names the SHA-256 `named`, with the right one in its place."""
+    _, digest = onnx_digests(data)
+    return data.replace(SHA256_ENTRY + named.encode(), SHA256_ENTRY + digest.encode())
 
 
 def export_program(source: Source, out: Path) -> None:

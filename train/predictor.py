@@ -33,6 +33,9 @@ from train.loop import logits_of
 from train.metrics import probabilities
 
 FILE_KEYS = ("classes", "config", "temperature")  # what an exported file says of itself
+SHA256_ENTRY = (
+    b"\x0a\x06sha256\x12\x40"  # in ONNX's metadata, before 64 digits: protobuf's encoding
+)
 
 # (name, shorter side wanted) -> upright RGB picture; raises UnreadablePhoto, as `Photos.load` does
 Load = Callable[[str, int], Image.Image]
@@ -212,10 +215,12 @@ def _load_onnx(path: Path) -> Trained:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    data = path.read_bytes()
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        named, found = onnx_digests(data)
+        if named != found:  # before foreign code parses it
+            raise ValueError("its SHA-256 is another than it says")
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         facts = _facts(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # onnxruntime has a class of its own for each kind of damage
         raise _foreign(path, error) from error
@@ -225,6 +230,13 @@ def _load_onnx(path: Path) -> Trained:
 
     config, classes, temperature = described(facts, path)
     return Trained(classes, config, temperature, forward, torch.float32, torch.device("cpu"))
+
+
+def onnx_digests(data: bytes) -> tuple[str, str]:
+    """The SHA-256 that an ONNX program names in its metadata, and that of all around this name: the
+    format has no checksum of its own. The first is no digest where none is named."""
+    before, entry, after = data.rpartition(SHA256_ENTRY)
+    return after[:64].decode("latin1"), hashlib.sha256(before + entry + after[64:]).hexdigest()
 
 
 class Prediction(NamedTuple):
