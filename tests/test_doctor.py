@@ -505,6 +505,14 @@ def test_the_cause_comes_before_its_consequences():
     assert [d["primary"] for d in found][:3] == [True, False, False]
 
 
+def test_a_loss_that_overflows_in_eval_mode_is_a_silent_bug():
+    records = record()
+    set_all("epoch", trained_in_eval=True)(records)
+    no_number(records)
+    found = diagnose(Signals(records))
+    assert [d["rule"] for d in found][:2] == ["silent_bug", "non_finite"]
+
+
 def test_live_leaves_out_what_needs_a_training():
     records = record()
     cannot_learn(records)
@@ -785,7 +793,7 @@ def test_a_folder_is_judged_again(folder, capsys):
 def test_what_cannot_be_judged_is_said_in_one_sentence(tmp_path, capsys):
     for words, sentence in (
         ([str(tmp_path)], "holds no signals.jsonl"),
-        (["--explain", "measles"], "choose one of non_finite, input"),
+        (["--explain", "measles"], "choose one of silent_bug, non_finite, input"),
         ([], "name a run folder"),
     ):
         assert command_line.main(words) == 2

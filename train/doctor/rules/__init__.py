@@ -1,9 +1,9 @@
 """All rules, causes before consequences: of several problems the first is the primary one.
 
-Numbers that are none; data, labels and initialisation; silent bugs; learning rate too high and
-exploding gradients; vanishing gradients, depth and shapes; BatchNorm on few images, whose noise
-kills units too; the dead units they leave; too low a rate, stagnation and underfitting; a failing
-class and overfitting.
+Silent bugs, which nothing else brings about and a loss may overflow from; numbers that are none;
+data, labels and initialisation; learning rate too high and exploding gradients; vanishing
+gradients, depth and shapes; BatchNorm on few images, whose noise kills units too; the dead units
+they leave; too low a rate, stagnation and underfitting; a failing class and overfitting.
 """
 
 from train.doctor.finding import Rule
@@ -30,12 +30,12 @@ from train.doctor.rules import (
 )
 
 RULES: tuple[Rule, ...] = (
+    silent_bug.RULE,
     non_finite.RULE,
     input.RULE,
     leakage.RULE,
     start_loss.RULE,
     symmetric_init.RULE,
-    silent_bug.RULE,
     one_batch.RULE,
     lr_too_high.RULE,
     exploding_gradient.RULE,
