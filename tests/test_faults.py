@@ -175,11 +175,8 @@ def test_only_temporaries_are_removed(tmp_path):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """A fork of a process whose threads compute would wait for them forever."""
-    before = torch.get_num_threads()
+    """A fork of a process whose threads compute would wait for them forever; `seeded` sets back."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
