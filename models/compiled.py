@@ -143,7 +143,7 @@ _PLAIN = SimpleNamespace(sums=_sums, apply=_apply, grad_sums=_grad_sums, grad_ap
 
 
 @functools.cache
-def _compiled() -> SimpleNamespace:
+def _compiled(threads: int) -> SimpleNamespace:
     """The four passes through Inductor; torch.compile is imported only when it is wanted."""
     import torch._dynamo.config as dynamo
 
@@ -155,6 +155,9 @@ def _compiled() -> SimpleNamespace:
         "realize_opcount_threshold": 1000,
         # trust the processor's flags: compiling and loading a probe for each takes 8 seconds
         "cpp.vec_isa_ok": True,
+        # a constant of the code, which without it would come from Inductor's cache on disk as
+        # another process, with as many threads as it had, left it there
+        "cpp.threads": threads,
     }
     return SimpleNamespace(
         **{
@@ -169,7 +172,7 @@ def _passes(x: Tensor) -> SimpleNamespace:
     # Dynamo would compile anew, are not worth a graph
     if torch.compiler.is_compiling() or min(x.shape) < 2:
         return _PLAIN
-    return _compiled()
+    return _compiled(torch.get_num_threads())
 
 
 def _channels(c: int) -> tuple[int, ...]:

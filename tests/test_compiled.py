@@ -229,7 +229,7 @@ def test_no_graph_break_inside_a_compiled_model():
 
 
 def test_one_graph_serves_every_shape(generator):
-    passes = compiled._compiled()
+    passes = compiled._compiled(torch.get_num_threads())
 
     def run(shape):
         inputs = make_inputs(shape, torch.float32, generator)
@@ -239,7 +239,34 @@ def test_one_graph_serves_every_shape(generator):
     with torch.compiler.set_stance("fail_on_recompile"):
         for shape in [(2, 7, 3, 11), (5, 12, 13, 2), (1, 18, 6, 6)]:
             run(shape)
-    assert passes is compiled._compiled()
+    assert passes is compiled._compiled(torch.get_num_threads())
+
+
+ONE_PASS = """
+import sys
+import torch
+from models import compiled
+torch.set_num_threads(int(sys.argv[1]))
+x = torch.randn(64, 56, 64)
+compiled._passes(x).sums(x, torch.ones(64), 1e-5)
+"""
+
+
+def test_code_for_other_numbers_of_threads_is_not_taken_from_the_cache(tmp_path):
+    """On one processor, code that starts two threads takes three times as long."""
+    settings = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    sources = set()
+
+    def written(threads):
+        command = [sys.executable, "-W", "ignore", "-c", ONE_PASS, str(threads)]
+        subprocess.run(command, check=True, env=settings, capture_output=True)
+        found = set(tmp_path.rglob("*.cpp")) - sources
+        sources.update(found)
+        return "".join(source.read_text() for source in found)
+
+    assert "num_threads(2)" in written(2)
+    assert written(2) == ""
+    assert "#include" in (alone := written(1)) and "num_threads" not in alone
 
 
 def test_second_derivatives_are_refused(generator):
