@@ -250,6 +250,28 @@ def make_loaders(
     return train, make(seen, labels, split.val, batch_size=batch_size, image_size=size)
 
 
+def clean_loader(
+    inputs: Inputs,
+    config: Config,
+    rows: np.ndarray,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Loader:
+    """The photos `rows` as validation sees them, whole on every process."""
+    return Loader(
+        centres(inputs.images, config.data),
+        inputs.photos.labels,
+        rows,
+        batch_size=batch_size,
+        image_size=config.data.evaluated_size,
+        dtype=dtype,
+        channels_last=config.run.channels_last,
+        workers=0,
+        device=device,
+    )
+
+
 def check_same_data(state: dict[str, Any], inputs: Inputs) -> None:
     """Raise CheckpointError, naming the difference, unless `state` was trained on these inputs."""
     classes = list(inputs.photos.classes)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from profiling import nvtx
-from train import distributed
+from train import distributed, precise_bn
 from train.data.loader import Loader
 from train.data.resident import ResidentLoader, ViewLoader
 from train.errors import Stopped
@@ -56,16 +56,27 @@ def fit(
     stop: Stop | None = None,
     steps_per_pause: int = 0,
     flips: bool = False,
+    norm_loader: Loader | None = None,
 ) -> None:
     """Train from where `training` stands to the configured number of epochs, and pause every so
-    many steps of an epoch; 0 is never. flips: how it is validated, see `logits_of`.
+    many steps of an epoch; 0 is never. flips: how it is validated, see `logits_of`. norm_loader:
+    the photos by which the norms of a moving average are measured, see `precise_bn`; without them
+    it keeps the average of the running statistics.
 
     Raises NonFiniteLoss, and Stopped, after a last pause, when `stop` asks for it.
     """
     stop = stop or Stop()
     try:
         _fit(
-            training, train_loader, val_loader, num_classes, listeners, stop, steps_per_pause, flips
+            training,
+            train_loader,
+            val_loader,
+            num_classes,
+            listeners,
+            stop,
+            steps_per_pause,
+            flips,
+            norm_loader,
         )
     except Stopped:
         for listener in listeners:
@@ -88,6 +99,7 @@ def _fit(
     stop: Stop,
     steps_per_pause: int,
     flips: bool,
+    norm_loader: Loader | None,
 ) -> None:
     for epoch in range(len(training.history) + 1, training.config.epochs + 1):
         for listener in listeners:
@@ -96,6 +108,9 @@ def _fit(
             trained = train_epoch(training, train_loader, epoch, listeners, stop, steps_per_pause)
         record = {"epoch": epoch, **trained}
         record |= {"val_loss": None, "val_accuracy": None}
+        if training.average is not None and norm_loader is not None:
+            with nvtx.range("norms", epoch), evaluating(training) as model:
+                precise_bn.measure(training, model, norm_loader)
         if val_loader is not None:
             with nvtx.range("validation", epoch), evaluating(training) as model:
                 logits, labels = evaluate(training, model, val_loader, stop, flips)

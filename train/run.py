@@ -24,7 +24,7 @@ from models import (
     restore_plans,
 )
 from models.compiled import tune_allocator
-from train import checkpoint, distributed
+from train import checkpoint, distributed, precise_bn
 from train.assembly import build, make_training
 from train.auto_batch import with_largest_batch
 from train.command import run_command
@@ -208,7 +208,17 @@ def _train(
     try:
         fed = train_loader if pixels is None else ViewLoader(train_loader)
         every = config.run.steps_per_checkpoint
-        fit(training, fed, val_loader, len(classes), listeners, stop, every, config.data.flips)
+        fit(
+            training,
+            fed,
+            val_loader,
+            len(classes),
+            listeners,
+            stop,
+            every,
+            config.data.flips,
+            precise_bn.make_loader(inputs, config, dtype, device),
+        )
     except Stopped as stopped:
         tqdm.write(
             f"{stopped} {_place(training.state())} and saved; to go on: "

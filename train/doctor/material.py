@@ -10,10 +10,10 @@ from torch import nn
 from train import distributed
 from train.config import Config, to_dict
 from train.data.augment import order
-from train.data.loader import Batch, Loader
+from train.data.loader import Batch
 from train.doctor.probe import IMAGES, Probe, norm_images
 from train.doctor.signals import SCHEMA
-from train.inputs import Inputs, centres
+from train.inputs import Inputs, clean_loader
 from train.training import Training
 
 PROBE_EPOCH = 0xD0C  # the draw of the probe's images: no epoch's order of training images
@@ -23,18 +23,7 @@ def probe_batch(inputs: Inputs, config: Config, dtype: torch.dtype, device: torc
     """The doctor's training images, drawn at random and as validation sees them."""
     train = inputs.split.train
     chosen = train[order(len(train), config.run.seed, PROBE_EPOCH)[:IMAGES]]
-    loader = Loader(
-        centres(inputs.images, config.data),
-        inputs.photos.labels,
-        chosen,
-        batch_size=IMAGES,
-        image_size=config.data.evaluated_size,
-        dtype=dtype,
-        channels_last=config.run.channels_last,
-        workers=0,
-        device=device,
-    )
-    return next(loader.epoch(0))
+    return next(clean_loader(inputs, config, chosen, IMAGES, dtype, device).epoch(0))
 
 
 def material_of(

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from models import Backend
-from train import run
+from train import precise_bn, run
 from train.assembly import make_training
 from train.config import Config, check, from_dict
 from train.data.augment import order
@@ -25,7 +25,7 @@ from train.doctor.measures import log_classes
 from train.doctor.signals import FILE, Signals, append
 from train.environment import choose_amp, choose_device, prepare
 from train.errors import DataError, UsageError
-from train.inputs import Inputs, centres, load_inputs, make_loaders
+from train.inputs import Inputs, clean_loader, load_inputs, make_loaders
 from train.loop import Listener, evaluate, evaluating, fit
 from train.range_test import RangeTest, find_rate
 from train.training import NonFiniteLoss, Step, Training
@@ -201,14 +201,17 @@ def _result(
 ) -> float:
     """Train once, and measure."""
     amp_dtype = choose_amp(config.run.amp, device)
-    loader, val_loader = make_loaders(inputs, config, amp_dtype or torch.float32, device)
+    dtype = amp_dtype or torch.float32
+    loader, val_loader = make_loaders(inputs, config, dtype, device)
+    norm_loader = precise_bn.make_loader(inputs, config, dtype, device)
     model = _network(inputs, config, device)
     training = make_training(config, inputs, model, loader, EAGER, amp_dtype)
+    classes = len(inputs.train_counts())
     try:
-        fit(training, loader, None, len(inputs.train_counts()), [listener])
+        fit(training, loader, None, classes, [listener], norm_loader=norm_loader)
     except NonFiniteLoss:
         return cap if measure == LOSS else 0.0
-    shown = val_loader if measure != LOSS else _clean(inputs, config, amp_dtype, device)
+    shown = val_loader if measure != LOSS else _clean(inputs, config, dtype, device)
     with evaluating(training) as network:
         logits, labels = evaluate(training, network, shown)
     if measure == LOSS:
@@ -220,19 +223,8 @@ def _result(
     return min(right[labels == k].mean().item() for k in labels.unique())
 
 
-def _clean(
-    inputs: Inputs, config: Config, amp_dtype: torch.dtype | None, device: torch.device
-) -> Loader:
+def _clean(inputs: Inputs, config: Config, dtype: torch.dtype, device: torch.device) -> Loader:
     """Training photos as validation sees them, the same for every seed."""
     train = inputs.split.train
-    return Loader(
-        centres(inputs.images, config.data),
-        inputs.photos.labels,
-        train[order(len(train), 0, 0)[:CLEAN]],
-        batch_size=config.optim.val_batch_size,
-        image_size=config.data.evaluated_size,
-        dtype=amp_dtype or torch.float32,
-        channels_last=config.run.channels_last,
-        workers=0,
-        device=device,
-    )
+    rows = train[order(len(train), 0, 0)[:CLEAN]]
+    return clean_loader(inputs, config, rows, config.optim.val_batch_size, dtype, device)
