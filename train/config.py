@@ -161,7 +161,8 @@ class OptimConfig:
     clip_grad: float = 0.0
     """Most the norm of all gradients together may be before they are scaled down; 0 is off."""
     ema: float = 0.995
-    """Decay of the moving average of the weights that is evaluated and kept; 0 is off."""
+    """Decay of the moving average of the weights that is evaluated and kept, with running
+    statistics of its own; 0 is off."""
     pretrained: bool = False
     """Start from torchvision's ImageNet weights, downloaded once; the last layer starts anew."""
     init_from: Path | None = None
