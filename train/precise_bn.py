@@ -11,6 +11,7 @@ batch normalisation measures its inputs in it anew, on training photos as valida
 import torch
 from torch import nn
 
+from models.units import BatchNormAct
 from train.config import Config
 from train.data.augment import order
 from train.data.loader import Loader
@@ -38,22 +39,23 @@ def measure(training: Training, model: nn.Module, loader: Loader) -> None:
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, BatchNormAct)
         and module.track_running_stats
         and all(parameter.requires_grad for parameter in module.parameters())
     ]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
+    kept = [(norm.momentum, norm.synchronised) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # every batch counts alike
+        norm.synchronised = False  # all processes see the same images
         norm.train()
     for batch in loader.epoch(0):
         with training.autocast():
             model(batch.images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    for norm, settings in zip(norms, kept, strict=True):
+        norm.momentum, norm.synchronised = settings
         norm.eval()
     for name, buffer in model.named_buffers():
         training.average.state[name].copy_(buffer)
