@@ -2,10 +2,11 @@
 
 The moving average of the weights is a network that no training step has run: an average of the
 running statistics of all the networks behind it fits it as little as that of any single one, and
-with mixup and cutmix none of them has seen a photo as it is. So before it is validated or saved,
-batch normalisation measures its inputs in it anew, on training photos as validation sees them.
-(Izmailov et al. 2018, "Averaging weights leads to wider optima", section 3; Wu and Johnson 2021,
-"Rethinking 'Batch' in BatchNorm", section 3: precise BatchNorm.)
+none of them has seen a photo as it is, but crops, turned, recoloured and mixed. So before it is
+validated or saved, batch normalisation measures its inputs in it anew, on training photos as
+validation sees them; docs/recipes.md says what that brings. (Izmailov et al. 2018, "Averaging
+weights leads to wider optima", section 3; Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+section 3: precise BatchNorm.)
 """
 
 import torch
@@ -23,8 +24,8 @@ DRAW = 0xB11  # of them: no epoch's order of training images
 
 
 def make_loader(inputs: Inputs, config: Config, dtype: torch.dtype, device: torch.device) -> Loader:
-    """The training photos that measure, the same on every process, in equal batches: the same share
-    of each counts."""
+    """The training photos that measure, the same on every process, in batches of one size, as each
+    batch counts alike."""
     train = inputs.split.train
     batch = min(len(train), max(2, config.optim.val_batch_size))
     images = max(1, min(len(train), IMAGES) // batch) * batch
