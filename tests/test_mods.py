@@ -334,7 +334,7 @@ class TestKernels:
 
     def test_compiled_step_is_eagers(self, monkeypatch):
         """Inductor's part in it is tested in test_compiled."""
-        monkeypatch.setattr(compiled, "_compiled", lambda: compiled._PLAIN)
+        monkeypatch.setattr(compiled, "_compiled", lambda threads: compiled._PLAIN)
         torch.manual_seed(0)
         eager = spread(build_model("micro_resnet", 3, se=True, antialias=True))
         other = set_backend(copy.deepcopy(eager), "compile")
