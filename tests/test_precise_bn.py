@@ -12,11 +12,13 @@ from torch import nn
 from models import build_model
 from tests.test_step import OPTIM, Batches, equal, training
 from tests.test_weight_copies import CLASSES, Small, run_of, tiny
-from train import precise_bn
-from train.config import Config, DataConfig, OptimConfig
+from train import checkpoint, precise_bn
+from train import run as run_job
+from train.config import Config, DataConfig, OptimConfig, from_dict
 from train.data.augment import MEAN, STD
-from train.inputs import Inputs, evaluated
+from train.inputs import Inputs, evaluated, load_inputs
 from train.loop import evaluating, fit
+from train.predictor import network
 from train.training import Training
 
 CLEAN = (6, 6, 6)
@@ -147,3 +149,17 @@ def test_training_photos_measure_as_validation_sees_them(photos, val_batch, size
     first = torch.from_numpy(evaluated(images[rows[0]], data)).permute(2, 0, 1) / 255
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(batches[0].images[0], (first - mean) / std, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_ends_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "cache"))
+    words = ["--model", "micro_resnet", "--image-size", "32", "--epochs", "1", "--limit", "60"]
+    words += ["--batch-size", "8", "--amp", "off", "--val-fraction", "0", "--no-doctor"]
+    assert run_job.main([*words, "--out", str(tmp_path / "run")]) == 0
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    state = checkpoint.load(path)
+    config = from_dict(state["config"], path)
+    loader = precise_bn.make_loader(load_inputs(config), config, torch.float32, torch.device("cpu"))
+    model = network(config, len(state["classes"]), state["weights"], path)
+    truth = expected(model, loader)
+    close({name: state["weights"][name] for name in truth}, truth)
